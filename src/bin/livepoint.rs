@@ -1,0 +1,2 @@
+//! livepoint
+fn main() {}
