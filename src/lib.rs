@@ -1,12 +1,14 @@
 //! livepoint saves a KVM virtual machine while it keeps running.
 //!
-//! Read the modules in the order of the data path: [`domain`] turns libvirt
-//! domain XML into a machine configuration, [`machine`] runs it on KVM,
-//! [`checkpoint`] captures it live through the [`guest::Guest`] seam,
-//! [`store`] keeps the image, [`restore`] brings it back. [`host`] is the
+//! Read the modules in the order of the data path: `domain` turns libvirt
+//! domain XML into a machine configuration, `machine` runs it on KVM,
+//! `checkpoint` captures it live through the [`guest::Guest`] seam,
+//! `store` keeps the image, `restore` brings it back. `host` is the
 //! facade that every edge (CLI, C ABI) uses. `docs/architecture.md` is the map.
 
 pub mod guest;
+#[cfg(feature = "cli")]
+pub mod guests;
 pub mod page;
 pub mod state;
 pub mod sys;
