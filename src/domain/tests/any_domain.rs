@@ -1,0 +1,205 @@
+//! Domains made at random, and what has to hold for all of them.
+
+use proptest::prelude::*;
+
+use super::super::*;
+
+/// Text that XML can carry and that is not blank.
+fn any_text() -> impl Strategy<Value = String> {
+    "[ \\t\\n\\r\\x20-\\x7e\\u{80}-\\u{2fff}\\u{10000}]{0,40}[!-~]"
+}
+
+fn any_path() -> impl Strategy<Value = HostPath> {
+    "/[ -~\u{a1}-\u{ff}]{0,40}".prop_map(|path| HostPath::new(&path).unwrap())
+}
+
+prop_compose! {
+    fn any_memory()(
+        mib in 1_u32..4096,
+        huge: bool,
+        source in prop::sample::select(vec![
+            MemorySource::Anonymous, MemorySource::MemfdPrivate, MemorySource::MemfdShared,
+        ]),
+        locked: bool,
+        preallocate: Option<bool>,
+    ) -> MemoryConfig {
+        let size = MemorySize::from_mib(mib).unwrap();
+        let mut memory = MemoryConfig::new(size);
+        if huge && mib % 2 == 0 {
+            let page = if mib % 1024 == 0 { HugePageSize::Gib1 } else { HugePageSize::Mib2 };
+            memory = memory.with_huge_pages(page).unwrap();
+        }
+        memory.source = source;
+        memory.locked = locked;
+        memory.preallocate = preallocate;
+        memory
+    }
+}
+
+fn any_backend() -> impl Strategy<Value = SerialBackend> {
+    prop_oneof![
+        Just(SerialBackend::Pty),
+        Just(SerialBackend::Null),
+        Just(SerialBackend::Stdio),
+        (any_path(), any::<Option<bool>>())
+            .prop_map(|(path, append)| SerialBackend::File { path, append }),
+        (any_path(), any::<bool>()).prop_map(|(path, listen)| SerialBackend::Unix { path, listen }),
+    ]
+}
+
+prop_compose! {
+    fn any_serial()(
+        backends in prop::collection::vec(any_backend(), 0..=SERIAL_PORTS_MAX),
+        alias: bool,
+    ) -> SerialPorts {
+        let mut ports = SerialPorts::default();
+        for (index, backend) in backends.into_iter().enumerate() {
+            let name = format!("ua-{index}");
+            let alias = alias.then(|| UserAlias::new(&name).unwrap());
+            // Two of the same socket cannot be added; one is left then.
+            drop(ports.insert(index, SerialPort { backend, alias }));
+        }
+        ports
+    }
+}
+
+fn any_boot() -> impl Strategy<Value = BootConfig> {
+    let source = prop_oneof![
+        (any_path(), prop::option::of(any_path()))
+            .prop_map(|(kernel, initrd)| KernelSource::Path { kernel, initrd }),
+        "[a-z0-9._-]{1,20}"
+            .prop_map(|name| KernelSource::Builtin(BuiltinName::new(&name).unwrap())),
+    ];
+    (source, prop::option::of(any_text())).prop_map(|(source, cmdline)| BootConfig {
+        source,
+        cmdline: KernelCmdline::new(&cmdline.unwrap_or_default()).unwrap(),
+    })
+}
+
+fn any_cpu() -> impl Strategy<Value = CpuConfig> {
+    let features: Vec<CpuFeature> = CpuFeature::all().collect();
+    let policies = vec![
+        FeaturePolicy::Force,
+        FeaturePolicy::Require,
+        FeaturePolicy::Optional,
+        FeaturePolicy::Disable,
+        FeaturePolicy::Forbid,
+    ];
+    let modes = vec![
+        CpuMode::HostPassthrough,
+        CpuMode::HostModel,
+        CpuMode::Custom(CpuModel::V1),
+        CpuMode::Custom(CpuModel::V2),
+        CpuMode::Custom(CpuModel::V3),
+        CpuMode::Custom(CpuModel::V4),
+    ];
+    let feature = prop::sample::select(features);
+    let policy = prop::sample::select(policies);
+    (
+        prop::sample::select(modes),
+        prop::collection::btree_map(feature, policy, 0..6),
+        any::<Option<bool>>(),
+        any::<Option<bool>>(),
+    )
+        .prop_map(|(mode, features, pmu, paravirtual_spinlocks)| CpuConfig {
+            mode,
+            features,
+            pmu,
+            paravirtual_spinlocks,
+        })
+}
+
+fn any_vcpus() -> impl Strategy<Value = Vcpus> {
+    prop_oneof![
+        (1..=VCPUS_MAX).prop_map(|count| Vcpus::new(count).unwrap()),
+        (1_u8..=2, 1_u8..=2, 1_u8..=2, 1_u8..=2).prop_map(|(sockets, dies, cores, threads)| {
+            Vcpus::with_topology(CpuTopology::new(sockets, dies, cores, threads).unwrap())
+        }),
+    ]
+}
+
+fn any_clock() -> impl Strategy<Value = ClockConfig> {
+    let basis = prop::sample::select(vec![ClockBasis::Utc, ClockBasis::LocalTime]);
+    let offset = prop_oneof![
+        Just(ClockOffset::Utc),
+        Just(ClockOffset::LocalTime),
+        "[A-Z][a-z]{1,8}/[A-Z][a-z_]{1,8}"
+            .prop_map(|zone| ClockOffset::TimeZone(TimeZoneName::new(&zone).unwrap())),
+        (any::<i64>(), basis).prop_map(|(adjustment_seconds, basis)| ClockOffset::Variable {
+            adjustment_seconds,
+            basis,
+        }),
+    ];
+    let pit = prop::sample::select(vec![TickPolicy::Delay, TickPolicy::Discard]);
+    (offset, any::<bool>(), pit).prop_map(|(offset, kvmclock, pit)| ClockConfig {
+        offset,
+        kvmclock,
+        pit,
+    })
+}
+
+fn any_lifecycle() -> impl Strategy<Value = Lifecycle> {
+    let action = || {
+        prop::sample::select(vec![
+            LifecycleAction::Destroy,
+            LifecycleAction::Restart,
+            LifecycleAction::Preserve,
+        ])
+    };
+    (action(), action(), action()).prop_map(|(on_poweroff, on_reboot, on_crash)| Lifecycle {
+        on_poweroff,
+        on_reboot,
+        on_crash,
+    })
+}
+
+fn any_domain() -> impl Strategy<Value = DomainConfig> {
+    let machine = (
+        any_memory(),
+        any_vcpus(),
+        any_cpu(),
+        any_boot(),
+        any_clock(),
+        any_serial(),
+    );
+    let machine = machine.prop_map(|(memory, vcpus, cpu, boot, clock, serial)| MachineConfig {
+        memory,
+        vcpus,
+        cpu,
+        boot,
+        clock,
+        devices: Devices { serial },
+    });
+    let texts = (
+        "[!-.0-~\u{a1}-\u{2fff}][ -.0-~]{0,30}",
+        prop::option::of("[ -~]{0,30}[!-~]"),
+        prop::option::of(any_text()),
+    );
+    (machine, texts, any_lifecycle()).prop_map(|(machine, (name, title, text), lifecycle)| {
+        DomainConfig {
+            title: title.map(|title| Title::new(&title).unwrap()),
+            description: text.map(|text| Description::new(&text).unwrap()),
+            lifecycle,
+            ..DomainConfig::new(DomainName::new(&format!("x{name}")).unwrap(), machine)
+        }
+    })
+}
+
+proptest! {
+    #[test]
+    fn any_domain_survives_its_document(config in any_domain()) {
+        let xml = config.to_xml(XmlView::Inactive);
+        prop_assert_eq!(DomainConfig::parse(&xml), Ok(config.clone()), "{}", xml);
+        let live = LiveInfo { id: 3, ptys: vec![HostPath::new("/dev/pts/1").ok()] };
+        let xml = config.to_xml(XmlView::Live(&live));
+        prop_assert_eq!(DomainConfig::parse(&xml), Ok(config), "{}", xml);
+    }
+
+    #[test]
+    fn any_text_is_read_or_refused(text in any::<String>()) {
+        drop(DomainConfig::parse(&text));
+        drop(super::parse(&text));
+        drop(super::parse(&format!("<metadata a='{text}'/>")));
+        drop(super::parse(&format!("<vcpu>{text}</vcpu>")));
+    }
+}
