@@ -17,7 +17,8 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const PIECE_PAGES: u64 = 512;
 
 /// Bytes in a piece.
-pub const PIECE_BYTES: usize = PAGE_BYTES * PIECE_PAGES as usize;
+pub const PIECE_BYTES: usize = 2 << 20;
+const _: () = assert!(PIECE_BYTES as u64 == PIECE_PAGES << PAGE_SHIFT);
 
 /// KVM's dirty log is read and cleared in windows of this many pages (one `u64` of bitmap).
 pub const WINDOW_PAGES: u64 = 64;

@@ -1,6 +1,7 @@
 //! Notices of what the VMM itself does to guest memory: no hardware log sees it.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::page::{AtomicPageBitmap, PageRun};
@@ -20,6 +21,7 @@ pub trait DiscardObserver: Send + Sync {
 pub struct HostWrites {
     regions: Vec<Region>,
     observer: RwLock<Option<Arc<dyn DiscardObserver>>>,
+    claimed: AtomicBool,
 }
 
 struct Region {
@@ -50,7 +52,21 @@ impl HostWrites {
         Self {
             regions,
             observer: RwLock::new(None),
+            claimed: AtomicBool::new(false),
         }
+    }
+
+    /// Claims this log, and with it the guest's dirty log; false while somebody else holds both.
+    ///
+    /// Marks are taken once: two checkpoints at a time would steal each other's.
+    #[must_use = "a claim that failed must stop its caller"]
+    pub fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Ends a claim.
+    pub fn release_claim(&self) {
+        self.claimed.store(false, Ordering::Release);
     }
 
     /// Marks the pages that `len` bytes at `gpa` touch; bytes outside every region are ignored.
@@ -168,6 +184,15 @@ mod tests {
         let writes = two_regions();
         writes.mark_dirty(63 * 4096, 8192);
         assert_eq!(taken(&writes, 0), 1 << 63);
+    }
+
+    #[test]
+    fn only_one_claim_is_held_at_a_time() {
+        let writes = two_regions();
+        assert!(writes.claim());
+        assert!(!writes.claim());
+        writes.release_claim();
+        assert!(writes.claim());
     }
 
     #[test]

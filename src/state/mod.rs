@@ -4,6 +4,10 @@
 //! structs. A section that is unknown, newer than this build, missing, or left over fails a
 //! restore by name; nothing falls back to defaults.
 
+pub mod board;
+pub mod device;
+pub mod vcpu;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

@@ -79,6 +79,25 @@ impl GuestMapping {
         unsafe { copy_bytes(data.as_ptr() as usize, self.hva + offset, data.len()) }
     }
 
+    /// Copies `len` bytes from `offset` to `to_offset` of `to`, another mapping.
+    ///
+    /// Several threads may fill different parts of one mapping so, which a slice would not allow.
+    ///
+    /// # Panics
+    /// When a range is not inside its mapping, or the two overlap.
+    pub fn copy_to(&self, offset: usize, to: &Self, to_offset: usize, len: usize) {
+        self.check(offset, len);
+        to.check(to_offset, len);
+        let (source, target) = (self.hva + offset, to.hva + to_offset);
+        assert!(
+            source.abs_diff(target) >= len,
+            "a copy within {self:?} overlaps itself"
+        );
+        // SAFETY: both ranges are inside their mappings, which the contract of `new` keeps mapped
+        // and free of references, and they do not overlap by the assertion above.
+        unsafe { copy_bytes(source, target, len) }
+    }
+
     fn check(&self, offset: usize, len: usize) {
         let end = offset.checked_add(len);
         assert!(
@@ -126,6 +145,23 @@ mod tests {
         let mut out = [0; 9];
         mapping.copy_out(100, &mut out);
         assert_eq!(&out, b"livepoint");
+    }
+
+    #[test]
+    fn bytes_go_from_one_mapping_to_another() {
+        let (from, to) = (mapping(4096), mapping(8192));
+        from.copy_in(10, b"page");
+        from.copy_to(10, &to, 8000, 4);
+        let mut out = [0; 4];
+        to.copy_out(8000, &mut out);
+        assert_eq!(&out, b"page");
+    }
+
+    #[test]
+    #[should_panic(expected = "overlaps")]
+    fn a_copy_onto_itself_is_refused() {
+        let memory = mapping(4096);
+        memory.copy_to(0, &memory, 5, 10);
     }
 
     #[test]

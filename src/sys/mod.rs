@@ -2,4 +2,14 @@
 //!
 //! Everything here is safe to call; each file opts in to `unsafe` with its reason.
 
+pub mod anon;
+pub mod kvm;
+pub mod kvm_run;
+pub mod lock;
 pub mod mapping;
+pub mod pagemap;
+pub mod sigmask;
+pub mod signal;
+pub mod termination;
+pub mod tsc;
+pub mod writeback;
