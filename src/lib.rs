@@ -12,4 +12,5 @@ pub mod guest;
 pub mod guests;
 pub mod page;
 pub mod state;
+pub mod store;
 pub mod sys;
