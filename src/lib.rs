@@ -11,6 +11,7 @@ pub mod guest;
 #[cfg(feature = "cli")]
 pub mod guests;
 pub mod page;
+pub mod restore;
 pub mod state;
 pub mod store;
 pub mod sys;
