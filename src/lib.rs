@@ -10,6 +10,8 @@ pub mod domain;
 pub mod guest;
 #[cfg(feature = "cli")]
 pub mod guests;
+pub mod kvmstate;
+pub mod machine;
 pub mod page;
 pub mod restore;
 pub mod state;

@@ -1,0 +1,569 @@
+//! Guest memory: where it is, what backs it, and how the VMM writes it.
+#![expect(
+    unsafe_code,
+    reason = "maps guest memory and hands it to vm-memory by address"
+)]
+
+use std::fs;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr;
+use std::sync::Arc;
+use std::thread;
+
+use rustix::mm::{MapFlags, ProtFlags};
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use crate::guest::{Backing, HostWrites, MemoryRegion};
+use crate::machine::spec::{BackingSpec, MemorySpec};
+use crate::page::{Gfn, PAGE_BYTES};
+use crate::sys::anon;
+use crate::sys::mapping::GuestMapping;
+
+/// Where the hole for devices below 4 GiB starts.
+pub const HOLE_START: u64 = 3 << 30;
+/// Where it ends, and memory goes on.
+pub const HOLE_END: u64 = 4 << 30;
+
+/// The least memory: boot data and the first MiB of a PC.
+pub const MEMORY_BYTES_MIN: u64 = 1 << 20;
+
+/// What one thread populates at a time.
+const POPULATE_CHUNK_BYTES: usize = 256 << 20;
+
+/// The most threads that populate memory: more do not make the kernel clear pages faster.
+const POPULATE_THREADS_MAX: usize = 8;
+
+/// Guest memory that could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The size does not fit the backing.
+    #[error("{bytes} bytes of guest memory are not a multiple of {page_bytes}, or less than 1 MiB")]
+    Size {
+        /// The size asked for.
+        bytes: u64,
+        /// Size of the backing's pages.
+        page_bytes: u64,
+    },
+    /// The hugetlb pool is too small.
+    #[error(
+        "guest memory needs {needed} huge pages of {page_kib} KiB and {free} are free: raise \
+         /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages"
+    )]
+    HugePages {
+        /// Pages needed.
+        needed: u64,
+        /// Pages free.
+        free: u64,
+        /// Size of one.
+        page_kib: u64,
+    },
+    /// The kernel has no pool of such pages.
+    #[error("this kernel has no huge pages of {page_bytes} bytes")]
+    HugePageSize {
+        /// The size asked for.
+        page_bytes: u64,
+    },
+    /// A call failed.
+    #[error("could not {what} {bytes} bytes of guest memory{hint}")]
+    Call {
+        /// What was tried.
+        what: &'static str,
+        /// Of how much.
+        bytes: usize,
+        /// What may help.
+        hint: &'static str,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MemoryError {
+    fn advice(what: &'static str, bytes: usize) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Call {
+            what,
+            bytes,
+            hint: "",
+            source,
+        }
+    }
+
+    fn call(what: &'static str, bytes: usize) -> impl FnOnce(rustix::io::Errno) -> Self {
+        move |error| Self::Call {
+            what,
+            bytes,
+            hint: "",
+            source: error.into(),
+        }
+    }
+}
+
+/// Guest memory as vm-memory sees it; what is written through it is marked in [`HostWrites`].
+pub type GuestMemory = vm_memory::GuestMemoryMmap<MarkHostWrites>;
+
+/// Tells [`HostWrites`] of what the VMM writes. vm-memory calls it after the write.
+#[derive(Clone, Debug)]
+pub struct MarkHostWrites {
+    writes: Arc<HostWrites>,
+    gpa: u64,
+}
+
+/// A part of [`MarkHostWrites`].
+#[derive(Clone, Copy, Debug)]
+pub struct MarkHostWritesPart<'a> {
+    writes: &'a HostWrites,
+    gpa: u64,
+}
+
+impl<'a> WithBitmapSlice<'a> for MarkHostWrites {
+    type S = MarkHostWritesPart<'a>;
+}
+
+impl Bitmap for MarkHostWrites {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.slice_at(offset).mark_dirty(0, len);
+    }
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        // The engine takes the marks from `HostWrites`; nobody asks here.
+        false
+    }
+
+    fn slice_at(&self, offset: usize) -> MarkHostWritesPart<'_> {
+        MarkHostWritesPart {
+            writes: &self.writes,
+            gpa: self.gpa + offset as u64,
+        }
+    }
+}
+
+impl<'part> WithBitmapSlice<'_> for MarkHostWritesPart<'part> {
+    // A part of a part lives as long as the whole: vm-memory asks for one type of slices.
+    type S = MarkHostWritesPart<'part>;
+}
+
+impl BitmapSlice for MarkHostWritesPart<'_> {}
+
+impl<'part> Bitmap for MarkHostWritesPart<'part> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.writes.mark_dirty(self.gpa + offset as u64, len as u64);
+    }
+
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+
+    fn slice_at(&self, offset: usize) -> MarkHostWritesPart<'part> {
+        MarkHostWritesPart {
+            writes: self.writes,
+            gpa: self.gpa + offset as u64,
+        }
+    }
+}
+
+/// A mapped range, unmapped when dropped.
+#[derive(Debug)]
+struct Range {
+    hva: usize,
+    len: usize,
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `map_hugetlb` or `map_memfd` and belongs to this value alone; whoever
+        // uses it keeps this value alive, as `GuestMapping::new` asks.
+        let result = unsafe { rustix::mm::munmap(self.hva as *mut _, self.len) };
+        debug_assert!(result.is_ok(), "a mapping of ours can be unmapped");
+    }
+}
+
+/// All memory of one guest.
+#[derive(Debug)]
+pub struct GuestRam {
+    regions: Vec<MemoryRegion>,
+    memory: GuestMemory,
+    writes: Arc<HostWrites>,
+    spec: MemorySpec,
+}
+
+/// Returns guest physical address and length of each range of `bytes` of memory.
+pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
+    let low = bytes.min(HOLE_START);
+    let mut ranges = vec![(0, low)];
+    if bytes > low {
+        ranges.push((HOLE_END, bytes - low));
+    }
+    ranges
+}
+
+impl GuestRam {
+    /// Maps guest memory; allocates it where `spec` says so.
+    pub fn new(spec: &MemorySpec) -> Result<Self, MemoryError> {
+        let page_bytes = match spec.backing {
+            BackingSpec::Hugetlb { page_bytes } => page_bytes,
+            _ => PAGE_BYTES as u64,
+        };
+        let fits = page_bytes.is_power_of_two()
+            && spec.bytes.is_multiple_of(page_bytes)
+            && spec.bytes >= MEMORY_BYTES_MIN
+            && usize::try_from(spec.bytes).is_ok();
+        if !fits {
+            return Err(MemoryError::Size {
+                bytes: spec.bytes,
+                page_bytes,
+            });
+        }
+        let regions: Vec<MemoryRegion> = (0..)
+            .zip(layout(spec.bytes))
+            .map(|(slot, (gpa, bytes))| map_region(spec, slot, gpa, bytes))
+            .collect::<Result<_, _>>()?;
+        let writes = Arc::new(HostWrites::new(
+            regions.iter().map(|region| (region.slot, region.run())),
+        ));
+        let parts = regions
+            .iter()
+            .map(|region| vm_memory_region(region, &writes))
+            .collect();
+        let memory = GuestMemory::from_regions(parts).expect("the layout does not overlap");
+        let ram = Self {
+            regions,
+            memory,
+            writes,
+            spec: spec.clone(),
+        };
+        ram.settle()?;
+        Ok(ram)
+    }
+
+    /// Allocates and locks what the spec asks for.
+    fn settle(&self) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            if self.spec.preallocate {
+                populate(&region.mapping)?;
+            }
+            if self.spec.locked {
+                lock(&region.mapping)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the regions, sorted by frame.
+    pub fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    /// Returns the memory for devices and loaders; writes through it are marked.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Returns the log of what the VMM writes.
+    pub fn host_writes(&self) -> &Arc<HostWrites> {
+        &self.writes
+    }
+
+    /// Gives all memory back to the host: the guest then reads zeros.
+    ///
+    /// Announced as a discard, so that a checkpoint under way keeps what it needs. Called with
+    /// every vCPU stopped and every device drained.
+    pub fn discard_all(&self) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            let discard = self.writes.will_discard(region.run());
+            let len = region.mapping.len();
+            if self.spec.locked {
+                // Locked memory cannot be given back; `settle` locks it again.
+                unlock(&region.mapping)?;
+            }
+            let advice = match region.backing {
+                Backing::Memfd => libc::MADV_REMOVE,
+                _ => libc::MADV_DONTNEED,
+            };
+            advise(&region.mapping, advice).map_err(MemoryError::advice("discard", len))?;
+            drop(discard);
+        }
+        self.settle()
+    }
+}
+
+fn map_region(
+    spec: &MemorySpec,
+    slot: u32,
+    gpa: u64,
+    bytes: u64,
+) -> Result<MemoryRegion, MemoryError> {
+    let len = usize::try_from(bytes).expect("a part of a size that fits usize");
+    let anonymous = |huge| anon::map_anonymous(len, huge).map_err(MemoryError::advice("map", len));
+    let (mapping, backing) = match spec.backing {
+        BackingSpec::Anonymous => (anonymous(true)?, Backing::Anonymous { huge: true }),
+        BackingSpec::AnonymousSmallPages => {
+            let mapping = anonymous(false)?;
+            // EINVAL: a kernel without transparent huge pages, where there is nothing to choose.
+            advise(&mapping, libc::MADV_NOHUGEPAGE).or_else(|error| {
+                match error.raw_os_error() {
+                    Some(libc::EINVAL) => Ok(()),
+                    _ => Err(MemoryError::advice("choose the page size of", len)(error)),
+                }
+            })?;
+            (mapping, Backing::Anonymous { huge: false })
+        }
+        BackingSpec::Hugetlb { page_bytes } => {
+            let mapping = keep_private(map_hugetlb(len, page_bytes)?)?;
+            (mapping, Backing::Hugetlb { page_bytes })
+        }
+        BackingSpec::Memfd => (keep_private(map_memfd(len)?)?, Backing::Memfd),
+    };
+    Ok(MemoryRegion {
+        slot,
+        start: Gfn::containing(gpa),
+        page_count: bytes / PAGE_BYTES as u64,
+        mapping,
+        backing,
+    })
+}
+
+/// Keeps memory from child processes and core dumps, as [`anon::map_anonymous`] does.
+fn keep_private(range: Range) -> Result<GuestMapping, MemoryError> {
+    let (hva, len) = (range.hva, range.len);
+    // SAFETY: the range stays mapped until `range` is dropped, which the mapping owns. Nothing
+    // makes a reference to it: vm-memory reads and writes by volatile accesses.
+    let mapping = unsafe { GuestMapping::new(hva, len, Arc::new(range)) };
+    advise(&mapping, libc::MADV_DONTFORK)
+        .map_err(MemoryError::advice("keep from child processes", len))?;
+    advise(&mapping, libc::MADV_DONTDUMP)
+        .map_err(MemoryError::advice("keep out of core dumps", len))?;
+    Ok(mapping)
+}
+
+fn vm_memory_region(
+    region: &MemoryRegion,
+    writes: &Arc<HostWrites>,
+) -> GuestRegionMmap<MarkHostWrites> {
+    let gpa = region.start.gpa();
+    let mark = MarkHostWrites {
+        writes: writes.clone(),
+        gpa,
+    };
+    let builder = MmapRegionBuilder::new_with_bitmap(region.mapping.len(), mark)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_NORESERVE);
+    // SAFETY: the range is mapped readable and writable for as long as `GuestRam` lives, which
+    // holds the region's mapping beside the vm-memory region that is made here.
+    let builder = unsafe { builder.with_raw_mmap_pointer(region.mapping.hva() as *mut u8) };
+    let mapped = builder.build().expect("an aligned range of our own fits");
+    GuestRegionMmap::new(mapped, GuestAddress(gpa)).expect("the layout does not wrap")
+}
+
+fn access() -> ProtFlags {
+    ProtFlags::READ | ProtFlags::WRITE
+}
+
+fn map_hugetlb(len: usize, page_bytes: u64) -> Result<Range, MemoryError> {
+    let page_kib = page_bytes / 1024;
+    let pool = format!("/sys/kernel/mm/hugepages/hugepages-{page_kib}kB");
+    let free = fs::read_to_string(format!("{pool}/free_hugepages"))
+        .ok()
+        .and_then(|text| text.trim().parse::<u64>().ok())
+        .ok_or(MemoryError::HugePageSize { page_bytes })?;
+    let size = MapFlags::from_bits_retain(page_bytes.trailing_zeros() << libc::MAP_HUGE_SHIFT);
+    let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | size;
+    // SAFETY: a new mapping at an address that the kernel chooses replaces nothing.
+    let start = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, access(), flags) };
+    match start {
+        Ok(start) => Ok(Range {
+            hva: start.addr(),
+            len,
+        }),
+        // The pages are reserved here, so that the guest never dies for want of one.
+        Err(rustix::io::Errno::NOMEM) => Err(MemoryError::HugePages {
+            needed: len as u64 / page_bytes,
+            free,
+            page_kib,
+        }),
+        Err(error) => Err(MemoryError::call("map", len)(error)),
+    }
+}
+
+fn map_memfd(len: usize) -> Result<Range, MemoryError> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = rustix::fs::memfd_create("guest-memory", flags)
+        .map_err(MemoryError::call("make a memfd for", len))?;
+    rustix::fs::ftruncate(&file, len as u64)
+        .map_err(MemoryError::call("size the memfd of", len))?;
+    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at an address that the kernel chooses replaces nothing.
+    let start = unsafe { rustix::mm::mmap(ptr::null_mut(), len, access(), flags, file.as_fd(), 0) };
+    let start = start.map_err(MemoryError::call("map", len))?;
+    Ok(Range {
+        hva: start.addr(),
+        len,
+    })
+}
+
+/// Advises the kernel about guest memory.
+fn advise(mapping: &GuestMapping, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is mapped for as long as `mapping` lives; no Rust reference to guest
+    // memory exists, so an advice that changes its content breaks none.
+    let result = unsafe { libc::madvise(mapping.hva() as *mut _, mapping.len(), advice) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn lock(mapping: &GuestMapping) -> Result<(), MemoryError> {
+    // SAFETY: the range is mapped for as long as `mapping` lives; locking changes no content.
+    let locked = unsafe { rustix::mm::mlock(mapping.hva() as *mut _, mapping.len()) };
+    locked.map_err(|error| MemoryError::Call {
+        what: "lock",
+        bytes: mapping.len(),
+        hint: ": check the limit of locked memory (ulimit -l)",
+        source: error.into(),
+    })
+}
+
+fn unlock(mapping: &GuestMapping) -> Result<(), MemoryError> {
+    // SAFETY: the range is mapped for as long as `mapping` lives; unlocking changes no content.
+    let unlocked = unsafe { rustix::mm::munlock(mapping.hva() as *mut _, mapping.len()) };
+    unlocked.map_err(MemoryError::call("unlock", mapping.len()))
+}
+
+/// Allocates every page, by several threads.
+fn populate(mapping: &GuestMapping) -> Result<(), MemoryError> {
+    let threads = thread::available_parallelism()
+        .map_or(1, NonZeroUsize::get)
+        .min(POPULATE_THREADS_MAX);
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let work = || -> io::Result<()> {
+        loop {
+            let at = next.fetch_add(POPULATE_CHUNK_BYTES, std::sync::atomic::Ordering::Relaxed);
+            if at >= mapping.len() {
+                return Ok(());
+            }
+            populate_part(mapping, at, POPULATE_CHUNK_BYTES.min(mapping.len() - at))?;
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .map(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .fold(Ok(()), Result::and)
+    })
+    .map_err(|source| MemoryError::Call {
+        what: "allocate",
+        bytes: mapping.len(),
+        hint: "",
+        source,
+    })
+}
+
+fn populate_part(mapping: &GuestMapping, at: usize, bytes: usize) -> io::Result<()> {
+    match anon::populate(mapping, at, bytes) {
+        // A kernel before 5.14: touch each page. The memory is new, so a zero changes nothing.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            for page in (at..at + bytes).step_by(PAGE_BYTES) {
+                mapping.copy_in(page, &[0]);
+            }
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::PIECE_BYTES;
+    use vm_memory::Bytes;
+
+    fn spec(bytes: u64, backing: BackingSpec) -> MemorySpec {
+        MemorySpec {
+            bytes,
+            backing,
+            preallocate: false,
+            locked: false,
+        }
+    }
+
+    #[test]
+    fn memory_goes_around_the_hole() {
+        assert_eq!(layout(1 << 20), [(0, 1 << 20)]);
+        assert_eq!(layout(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(layout(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_mapped_aligned_and_written_with_a_mark() {
+        let ram = GuestRam::new(&spec((3 << 30) + (4 << 20), BackingSpec::Anonymous)).unwrap();
+        let [_, high] = ram.regions() else {
+            panic!("two regions")
+        };
+        assert_eq!(high.start.gpa(), HOLE_END);
+        assert_eq!(high.mapping.hva() % PIECE_BYTES, 0);
+        ram.memory()
+            .write_slice(b"livepoint", GuestAddress(HOLE_END + 4090))
+            .unwrap();
+        let mut bits = vec![0; 16];
+        ram.host_writes().take_into(high.slot, &mut bits);
+        assert_eq!(bits[0], 0b11);
+        let mut out = [0; 9];
+        high.mapping.copy_out(4090, &mut out);
+        assert_eq!(&out, b"livepoint");
+    }
+
+    #[test]
+    fn every_backing_reads_zeros_after_a_discard() {
+        let backings = [
+            BackingSpec::Anonymous,
+            BackingSpec::AnonymousSmallPages,
+            BackingSpec::Memfd,
+        ];
+        for backing in backings {
+            for (preallocate, locked) in [(false, false), (true, false), (false, true)] {
+                let ram = GuestRam::new(&MemorySpec {
+                    preallocate,
+                    locked,
+                    ..spec(4 << 20, backing)
+                })
+                .unwrap();
+                ram.memory().write_obj(7_u64, GuestAddress(0x1000)).unwrap();
+                ram.discard_all().unwrap();
+                let read: u64 = ram.memory().read_obj(GuestAddress(0x1000)).unwrap();
+                assert_eq!(read, 0, "{backing:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_size_that_does_not_fit_its_pages_is_refused() {
+        let hugetlb = BackingSpec::Hugetlb {
+            page_bytes: 2 << 20,
+        };
+        for wrong in [spec(4096, BackingSpec::Memfd), spec(3 << 20, hugetlb)] {
+            assert!(matches!(
+                GuestRam::new(&wrong),
+                Err(MemoryError::Size { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_short_hugetlb_pool_is_named() {
+        let hugetlb = BackingSpec::Hugetlb {
+            page_bytes: 2 << 20,
+        };
+        let error = GuestRam::new(&spec(1 << 46, hugetlb)).unwrap_err();
+        assert!(error.to_string().contains("nr_hugepages"), "{error}");
+    }
+}

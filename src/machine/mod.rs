@@ -1,0 +1,399 @@
+//! Virtual machines on KVM.
+//!
+//! [`Machine::build`] makes one from a [`MachineSpec`]; [`Machine::build_for_restore`] makes one
+//! whose memory the caller fills before it gets a saved state. A [`Machine`] is a
+//! [`Guest`](crate::guest::Guest) for the checkpoint engine.
+//!
+//! Threads: one for each vCPU (`lvp-vcpu-0`), one for each serial port that waits for something
+//! (`lvp-serial-0`), and a supervisor that carries out what the guest asks for. All of them end
+//! with the machine, have every signal blocked, and install no handler.
+
+pub mod boot;
+mod build;
+pub mod bus;
+pub mod cpuid;
+pub mod device;
+mod exclusion;
+mod guest;
+mod lifecycle;
+pub mod memory;
+mod shared;
+pub mod spec;
+mod vcpu;
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+
+use crate::guest::{GateTimeout, HostWrites, MemoryRegion};
+use crate::kvmstate::{self, KvmStateError};
+use crate::state::{StateError, StateSet};
+use crate::sys::kvm_run::VcpuRun;
+use crate::sys::sigmask::SignalsBlocked;
+use boot::BootError;
+use cpuid::CpuidError;
+use device::{BackendError, DrainTimeout};
+use memory::MemoryError;
+use shared::{Asked, Shared};
+use spec::MachineSpec;
+
+pub use build::open_kvm;
+pub use lifecycle::{MachineEvent, MachineState, ShutoffReason, WrongState};
+
+/// A machine that cannot be built, or cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// KVM is not there.
+    #[error("could not open /dev/kvm: {hint}")]
+    NoKvm {
+        /// What may help.
+        hint: &'static str,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM is too old.
+    #[error("this kernel's KVM lacks {capability}")]
+    MissingCapability {
+        /// Name of the capability.
+        capability: &'static str,
+    },
+    /// A call to KVM failed.
+    #[error("could not {what}")]
+    Kvm {
+        /// What was tried.
+        what: &'static str,
+        /// KVM's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Something of the spec is out of range.
+    #[error("the machine cannot have {what}")]
+    Spec {
+        /// What it is.
+        what: String,
+    },
+    /// There is no kernel to start, or to start over with.
+    #[error("the machine has no kernel to start")]
+    NothingToBoot,
+    /// A thread could not be started.
+    #[error("could not start a thread")]
+    Thread(#[source] io::Error),
+    /// The saved state is of another machine.
+    #[error("the saved state is of another machine: {what}")]
+    OtherMachine {
+        /// What differs.
+        what: String,
+    },
+    /// Guest memory could not be made.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel could not be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The CPU cannot be shown.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// A serial port's backend could not be opened.
+    #[error("serial port {port}")]
+    Serial {
+        /// Number of the port.
+        port: u32,
+        /// Why.
+        #[source]
+        source: BackendError,
+    },
+    /// A state could not be read or set.
+    #[error(transparent)]
+    KvmState(#[from] KvmStateError),
+    /// A section is missing, left over, or does not decode.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The machine is not in a state where this can be done.
+    #[error(transparent)]
+    WrongState(#[from] WrongState),
+    /// A vCPU did not stop.
+    #[error(transparent)]
+    Gate(#[from] GateTimeout),
+    /// A device did not finish what it had begun.
+    #[error(transparent)]
+    Drain(#[from] DrainTimeout),
+}
+
+impl MachineError {
+    fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Kvm {
+            what,
+            source: io::Error::from_raw_os_error(error.errno()),
+        }
+    }
+}
+
+/// Returns an error and its causes in one line.
+fn describe_chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// A serial port as seen from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Console {
+    /// Number of the serial port, from 0 for COM1.
+    pub port: u32,
+    /// The terminal, file or socket of the host, where there is one.
+    pub path: Option<PathBuf>,
+    /// Bytes of output dropped because their reader did not read.
+    pub lost_bytes: u64,
+}
+
+/// A virtual machine. Dropping it ends it.
+///
+/// Every method may be called from any thread; those that change the machine wait for one another.
+#[derive(Debug)]
+pub struct Machine {
+    shared: Arc<Shared>,
+    requests: Receiver<Asked>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Machine {
+    /// Builds a machine and loads its kernel. Nothing runs before [`Machine::start`].
+    pub fn build(spec: MachineSpec) -> Result<Self, MachineError> {
+        build::Base::new(spec)?.boot().map(Self::new)
+    }
+
+    /// Builds a machine whose memory the caller fills, to be given a saved state.
+    pub fn build_for_restore(spec: MachineSpec) -> Result<UnfilledMachine, MachineError> {
+        let base = build::Base::new(spec)?;
+        Ok(UnfilledMachine { base })
+    }
+
+    fn new((shared, requests): (Shared, Receiver<Asked>)) -> Self {
+        Self {
+            shared: Arc::new(shared),
+            requests,
+            threads: Mutex::default(),
+        }
+    }
+
+    /// Starts the vCPUs; `paused` leaves them waiting for [`Machine::resume_by_user`].
+    pub fn start(&self, paused: bool) -> Result<(), MachineError> {
+        let shared = &self.shared;
+        let mut holds = shared.lock_changing();
+        let event = if paused {
+            MachineEvent::StartedPaused
+        } else {
+            MachineEvent::Started
+        };
+        shared.lifecycle.check(&event)?;
+        let runs: Vec<VcpuRun> = shared
+            .vcpus
+            .iter()
+            .map(|vcpu| VcpuRun::new(&vcpu.fd, shared.run_page_bytes))
+            .collect::<Result<_, _>>()
+            .map_err(|source| MachineError::Kvm {
+                what: "map a vCPU's page",
+                source,
+            })?;
+        if paused {
+            self.hold_for_user(&mut holds)?;
+        }
+        shared.lifecycle.apply(&event)?;
+        drop(holds);
+        let started = self.spawn_threads(runs);
+        if let Err(error) = &started {
+            let why = describe_chain(error);
+            shared.end(&MachineEvent::Shutoff(ShutoffReason::Failed(why)));
+        }
+        started
+    }
+
+    fn spawn_threads(&self, runs: Vec<VcpuRun>) -> Result<(), MachineError> {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let _blocked = SignalsBlocked::new();
+        let (shared, requests) = (self.shared.clone(), self.requests.clone());
+        let supervisor = thread::Builder::new()
+            .name("lvp-supervisor".to_owned())
+            .spawn(move || shared.supervise(&requests));
+        threads.push(supervisor.map_err(MachineError::Thread)?);
+        for (place, run) in runs.into_iter().enumerate() {
+            let shared = self.shared.clone();
+            // Entered here, so that a pause right after the start waits for it.
+            self.shared.gate.enter(place);
+            let spawned = thread::Builder::new()
+                .name(format!("lvp-vcpu-{place}"))
+                .spawn(move || vcpu::thread(&shared, &shared.vcpus[place], run));
+            match spawned {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    self.shared.gate.leave(place);
+                    return Err(MachineError::Thread(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn hold_for_user(&self, holds: &mut shared::Holds) -> Result<(), MachineError> {
+        self.shared.close_gate()?;
+        match kvmstate::save_clock(&self.shared.vm) {
+            Ok(clock) => {
+                *self.shared.lock_paused_clock() = Some(clock.guest_ns);
+                holds.user = true;
+                Ok(())
+            }
+            Err(error) => {
+                self.shared.gate.open();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Pauses the machine until [`Machine::resume_by_user`]. Its paravirtual clock stands still.
+    ///
+    /// An engine may checkpoint it meanwhile: its pauses nest in this one.
+    pub fn pause_by_user(&self) -> Result<(), MachineError> {
+        let mut holds = self.shared.lock_changing();
+        self.shared.lifecycle.check(&MachineEvent::Paused)?;
+        self.hold_for_user(&mut holds)?;
+        self.shared.lifecycle.apply(&MachineEvent::Paused)?;
+        Ok(())
+    }
+
+    /// Ends the user's pause.
+    pub fn resume_by_user(&self) -> Result<(), MachineError> {
+        let mut holds = self.shared.lock_changing();
+        self.shared.lifecycle.check(&MachineEvent::Resumed)?;
+        if let Some(guest_ns) = self.shared.lock_paused_clock().take() {
+            kvmstate::set_clock(&self.shared.vm, guest_ns)?;
+        }
+        for vcpu in &self.shared.vcpus {
+            // Tells the guest's watchdog that the time it missed was no hang. KVM refuses where
+            // the guest does not use the clock.
+            if vcpu.fd.kvmclock_ctrl().is_err() {
+                log::debug!("vCPU {} has no paravirtual clock to tell", vcpu.number);
+            }
+        }
+        self.shared.lifecycle.apply(&MachineEvent::Resumed)?;
+        holds.user = false;
+        self.shared.gate.open();
+        Ok(())
+    }
+
+    /// Presses the power button. Returns whether the guest has asked to be told; one that has
+    /// not will not power off.
+    pub fn shutdown(&self) -> Result<bool, MachineError> {
+        match self.state() {
+            MachineState::Running | MachineState::Paused => {
+                Ok(self.shared.devices.pm.press_power_button())
+            }
+            state => Err(WrongState { state }.into()),
+        }
+    }
+
+    /// Starts the guest over. Waits for an engine's pause to end.
+    ///
+    /// Where the kernel cannot be loaded again, the machine ends. Where it has none, or a vCPU
+    /// does not stop, it goes on.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        self.shared.reset()
+    }
+
+    /// Ends the machine at once. One that has ended is left as it is.
+    ///
+    /// An engine that has it paused may still save it, and then resumes it to no effect.
+    pub fn destroy(&self) {
+        let reason = ShutoffReason::Destroyed;
+        self.shared.end(&MachineEvent::Shutoff(reason));
+    }
+
+    /// Returns what the machine is doing.
+    pub fn state(&self) -> MachineState {
+        self.shared.lifecycle.state()
+    }
+
+    /// Waits until the machine has ended, or `timeout` has passed; returns its state then.
+    pub fn wait(&self, timeout: Option<Duration>) -> MachineState {
+        self.shared.lifecycle.wait_for_end(timeout)
+    }
+
+    /// Returns a queue of the events from now on. A full queue loses the newest.
+    pub fn events(&self) -> Receiver<MachineEvent> {
+        self.shared.lifecycle.subscribe()
+    }
+
+    /// Returns the serial ports.
+    pub fn consoles(&self) -> Vec<Console> {
+        let ports = &self.shared.devices.serials;
+        ports
+            .iter()
+            .map(|port| Console {
+                port: port.number(),
+                path: port.path(),
+                lost_bytes: port.lost_bytes(),
+            })
+            .collect()
+    }
+
+    /// Returns what the machine was made from.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.shared.spec
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.destroy();
+        self.shared.quit();
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // A pause that nobody ended would keep its threads, and so this one, for ever.
+        while self.shared.gate.is_closed() {
+            log::error!("the machine is dropped while something has it paused");
+            self.shared.gate.open();
+        }
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a thread of the machine panicked");
+            }
+        }
+    }
+}
+
+/// A machine without memory content and state.
+///
+/// The caller fills [`UnfilledMachine::regions`], then calls [`UnfilledMachine::finish`]. With
+/// memory that is filled on demand, whoever fills it is at work before that call: KVM writes to
+/// guest memory in it.
+#[derive(Debug)]
+pub struct UnfilledMachine {
+    base: build::Base,
+}
+
+impl UnfilledMachine {
+    /// Returns the memory to fill, sorted by frame. It reads zeros.
+    pub fn regions(&self) -> &[MemoryRegion] {
+        self.base.ram().regions()
+    }
+
+    /// Returns the log of what the VMM writes; filling memory need not be marked.
+    pub fn host_writes(&self) -> &Arc<HostWrites> {
+        self.base.ram().host_writes()
+    }
+
+    /// Gives the machine its state; every section of `state` must be used. Start it then.
+    pub fn finish(self, state: StateSet) -> Result<Machine, MachineError> {
+        self.base.restore(state).map(Machine::new)
+    }
+}

@@ -1,0 +1,296 @@
+//! What a machine is made from.
+//!
+//! Plain data, without names of libvirt's: [`crate::host`] makes it from a domain.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::kvmstate::ClockPolicy;
+
+/// Everything that a machine is made from.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// The domain's name; for descriptions only.
+    pub name: String,
+    /// The domain's UUID; for descriptions only.
+    pub uuid: Uuid,
+    /// The domain XML that this was made from; for descriptions only.
+    pub domain_xml: String,
+    /// Guest memory.
+    pub memory: MemorySpec,
+    /// vCPUs and what they offer.
+    pub cpu: CpuSpec,
+    /// What the guest starts with. A restored machine needs it only to start over on a reset.
+    pub boot: Option<BootSpec>,
+    /// Serial ports, each at most once.
+    pub serials: Vec<SerialSpec>,
+    /// The guest's clocks.
+    pub clock: ClockSpec,
+    /// What happens when the guest ends or resets itself.
+    pub lifecycle: LifecycleSpec,
+    /// The signal that kicks vCPUs out of the guest; `None` takes the first real-time signal. It
+    /// is blocked in the machine's threads, and never delivered outside them.
+    pub kick_signal: Option<i32>,
+}
+
+impl MachineSpec {
+    /// Makes a machine with one vCPU of the host's features, anonymous memory and no devices.
+    pub fn new(memory_bytes: u64, boot: Option<BootSpec>) -> Self {
+        Self {
+            name: String::new(),
+            uuid: Uuid::nil(),
+            domain_xml: String::new(),
+            memory: MemorySpec {
+                bytes: memory_bytes,
+                backing: BackingSpec::Anonymous,
+                preallocate: false,
+                locked: false,
+            },
+            cpu: CpuSpec {
+                vcpu_count: 1,
+                topology: None,
+                features: Vec::new(),
+            },
+            boot,
+            serials: Vec::new(),
+            clock: ClockSpec::default(),
+            lifecycle: LifecycleSpec::default(),
+            kick_signal: None,
+        }
+    }
+}
+
+/// Guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemorySpec {
+    /// Its size: a multiple of the page size of its backing.
+    pub bytes: u64,
+    /// What backs it.
+    pub backing: BackingSpec,
+    /// Whether all of it is allocated before the machine starts.
+    pub preallocate: bool,
+    /// Whether it is locked into the host's memory.
+    pub locked: bool,
+}
+
+/// What backs guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackingSpec {
+    /// Private anonymous memory in transparent huge pages: copy-on-write is cheapest on it.
+    #[default]
+    Anonymous,
+    /// Private anonymous memory in 4 KiB pages.
+    AnonymousSmallPages,
+    /// Pages of the host's hugetlb pool.
+    Hugetlb {
+        /// 2 MiB or 1 GiB.
+        page_bytes: u64,
+    },
+    /// A memfd, mapped shared.
+    Memfd,
+}
+
+/// The vCPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuSpec {
+    /// How many.
+    pub vcpu_count: u32,
+    /// How the guest sees them arranged; `None` shows one socket of single-threaded cores.
+    pub topology: Option<TopologySpec>,
+    /// Features that differ from what KVM offers, applied in order.
+    pub features: Vec<FeatureRule>,
+}
+
+/// How vCPUs are arranged; the product is their number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TopologySpec {
+    /// Sockets.
+    pub sockets: u32,
+    /// Dies in a socket.
+    pub dies: u32,
+    /// Cores in a die.
+    pub cores: u32,
+    /// Threads in a core.
+    pub threads: u32,
+}
+
+/// A register that CPUID writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuidRegister {
+    /// EAX.
+    Eax,
+    /// EBX.
+    Ebx,
+    /// ECX.
+    Ecx,
+    /// EDX.
+    Edx,
+}
+
+/// What to do about one CPU feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeaturePolicy {
+    /// Shown to the guest whatever KVM offers.
+    Force,
+    /// Shown; an error where KVM lacks it.
+    Require,
+    /// Shown where KVM has it.
+    Optional,
+    /// Hidden.
+    Disable,
+    /// An error where KVM has it.
+    Forbid,
+}
+
+/// One CPU feature and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FeatureRule {
+    /// Its name, for messages.
+    pub name: String,
+    /// CPUID leaf.
+    pub leaf: u32,
+    /// CPUID subleaf.
+    pub subleaf: u32,
+    /// Register of the leaf.
+    pub register: CpuidRegister,
+    /// Bit of the register.
+    pub bit: u8,
+    /// What to do.
+    pub policy: FeaturePolicy,
+}
+
+/// A file to load: from the host's file system or from memory.
+#[derive(Clone)]
+pub enum Source {
+    /// A file of the host, read each time that it is loaded.
+    Path(PathBuf),
+    /// Bytes that the program has, with a name for messages.
+    Bytes {
+        /// What to call them.
+        name: String,
+        /// The file's bytes.
+        bytes: Arc<[u8]>,
+    },
+}
+
+impl Source {
+    /// Returns what to call it in messages.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Path(path) => path.display().to_string(),
+            Self::Bytes { name, .. } => name.clone(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Source({})", self.name())
+    }
+}
+
+/// What the guest starts with.
+#[derive(Clone, Debug)]
+pub struct BootSpec {
+    /// The kernel: a 64-bit ELF file, or a bzImage.
+    pub kernel: Source,
+    /// The initial RAM disk.
+    pub initrd: Option<Source>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A serial port.
+#[derive(Clone, Debug)]
+pub struct SerialSpec {
+    /// 0 for COM1, to 3 for COM4.
+    pub port: u32,
+    /// Where its bytes go to and come from.
+    pub backend: SerialBackend,
+}
+
+/// Where a serial port's bytes go to and come from.
+#[derive(Clone, Debug)]
+pub enum SerialBackend {
+    /// Nowhere.
+    Null,
+    /// A pseudo-terminal. What the guest writes while nobody has it open is discarded.
+    Pty {
+        /// Access mode of the terminal's device.
+        mode: u32,
+    },
+    /// The standard input and output of this process.
+    Stdio,
+    /// A file that output is written to.
+    File {
+        /// The file; made if missing.
+        path: PathBuf,
+        /// Whether output is added at its end; else the file is emptied first.
+        append: bool,
+    },
+    /// A Unix socket that one client at a time may connect to. Without one, output is discarded.
+    UnixListen {
+        /// Where; a socket left there by a process that ended is replaced.
+        path: PathBuf,
+    },
+    /// A Unix socket of somebody who listens.
+    UnixConnect {
+        /// Where.
+        path: PathBuf,
+    },
+    /// A connected stream socket that the program has.
+    Stream(Arc<OwnedFd>),
+}
+
+/// The guest's clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockSpec {
+    /// What becomes of the time between a checkpoint and its restore.
+    pub after_restore: ClockPolicy,
+    /// Whether timer ticks that the guest was too slow to take are delivered later.
+    pub pit_reinject: bool,
+}
+
+impl Default for ClockSpec {
+    fn default() -> Self {
+        Self {
+            after_restore: ClockPolicy::Continue,
+            pit_reinject: true,
+        }
+    }
+}
+
+/// What happens when the guest ends or resets itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LifecycleSpec {
+    /// On an ACPI power-off.
+    pub on_poweroff: EndAction,
+    /// On a reset.
+    pub on_reboot: EndAction,
+    /// On a triple fault, or where KVM cannot go on.
+    pub on_crash: EndAction,
+}
+
+impl Default for LifecycleSpec {
+    fn default() -> Self {
+        Self {
+            on_poweroff: EndAction::Destroy,
+            on_reboot: EndAction::Restart,
+            on_crash: EndAction::Destroy,
+        }
+    }
+}
+
+/// What to do when a guest stops by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndAction {
+    /// The machine ends.
+    Destroy,
+    /// The machine starts over, with the same memory and devices.
+    Restart,
+    /// The machine stays as it is, stopped, to be looked at.
+    Preserve,
+}
