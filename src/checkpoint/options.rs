@@ -1,0 +1,211 @@
+//! What the caller chooses.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::workspace::Workspace;
+use crate::guest::Guest;
+use crate::page::PAGE_BYTES;
+use crate::store::Codec;
+
+/// The most capture threads: above it memory bandwidth is the limit, not threads.
+pub const THREADS_MAX: usize = 64;
+
+/// The longest interval between two harvests.
+const INTERVAL_MAX: Duration = Duration::from_secs(60);
+
+/// The shortest watch over a pause: below it a loaded host looks dead.
+const PAUSE_LIMIT_MIN: Duration = Duration::from_millis(10);
+
+/// The longest watch over a pause.
+const PAUSE_LIMIT_MAX: Duration = Duration::from_secs(60);
+
+/// The smallest staging table.
+const STAGING_BYTES_MIN: u64 = 16 * PAGE_BYTES as u64;
+
+/// How memory is captured. All protocols write the same image format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Protocol {
+    /// Pauses the guest, writes all memory, resumes it: the traditional baseline.
+    Stop,
+    /// Scans memory while the guest runs and harvests what it dirties; the image is the moment of
+    /// a short pause at the end.
+    #[default]
+    Threaded,
+}
+
+impl Protocol {
+    /// Returns the protocol's name, as users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Threaded => "threaded",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Protocol {
+    type Err = CheckpointError;
+
+    fn from_str(text: &str) -> Result<Self, CheckpointError> {
+        [Self::Stop, Self::Threaded]
+            .into_iter()
+            .find(|protocol| protocol.name() == text)
+            .ok_or_else(|| CheckpointError::InvalidOption {
+                option: "protocol",
+                value: text.to_owned(),
+                wanted: "stop or threaded",
+            })
+    }
+}
+
+/// Called inside the pause.
+pub type PauseHook = Arc<dyn Fn(&dyn Guest) + Send + Sync>;
+
+/// How a checkpoint is taken. Begin with `default()` and change what matters.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct CheckpointOptions {
+    /// How memory is captured.
+    pub protocol: Protocol,
+    /// How chunks are compressed.
+    pub codec: Codec,
+    /// Whether the image survives a power cut once the job is done.
+    pub durable: bool,
+    /// Threads that capture, and threads that write; `None` takes one a CPU, at most four.
+    pub threads: Option<usize>,
+    /// Pause between two harvests of `threaded`.
+    pub interval: Duration,
+    /// How long the copy of the last dirty pages may take in the pause. `threaded` goes on
+    /// harvesting until it fits, as long as that helps; a target, not a promise.
+    pub downtime_budget: Duration,
+    /// The most memory between capture and disk; `None` takes 10 % of the guest's memory, at
+    /// least 64 MiB.
+    pub max_staging_bytes: Option<u64>,
+    /// The watchdog resumes the guest, and fails the checkpoint, when a pause shows no sign of
+    /// life for this long.
+    pub pause_limit: Duration,
+    /// Fails the start where the file system has less room than the touched pages may take.
+    pub check_space: bool,
+    /// Runs inside the pause, after the last pages are captured and while nothing runs; its time
+    /// is counted out of the downtime figure, not out of `pause_limit`. For tests that compare
+    /// memory with the image, and for work that a tool must do at the captured moment.
+    pub at_pause: Option<PauseHook>,
+    /// Buffers kept from one checkpoint to the next; clone one into each of a guest's checkpoints.
+    pub workspace: Workspace,
+}
+
+impl Default for CheckpointOptions {
+    fn default() -> Self {
+        Self {
+            protocol: Protocol::default(),
+            codec: Codec::None,
+            durable: true,
+            threads: None,
+            interval: Duration::from_millis(100),
+            downtime_budget: Duration::from_millis(3),
+            max_staging_bytes: None,
+            pause_limit: Duration::from_secs(1),
+            check_space: true,
+            at_pause: None,
+            workspace: Workspace::default(),
+        }
+    }
+}
+
+impl fmt::Debug for CheckpointOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointOptions")
+            .field("protocol", &self.protocol)
+            .field("codec", &self.codec)
+            .field("durable", &self.durable)
+            .field("threads", &self.threads)
+            .field("interval", &self.interval)
+            .field("downtime_budget", &self.downtime_budget)
+            .field("max_staging_bytes", &self.max_staging_bytes)
+            .field("pause_limit", &self.pause_limit)
+            .finish_non_exhaustive()
+    }
+}
+
+impl CheckpointOptions {
+    /// Fails where a value is out of bounds.
+    pub(crate) fn validate(&self) -> Result<(), CheckpointError> {
+        let invalid = |option, value: String, wanted| {
+            Err(CheckpointError::InvalidOption {
+                option,
+                value,
+                wanted,
+            })
+        };
+        if let Some(threads) = self
+            .threads
+            .filter(|count| !(1..=THREADS_MAX).contains(count))
+        {
+            return invalid("threads", threads.to_string(), "from 1 to 64");
+        }
+        if self.interval > INTERVAL_MAX {
+            return invalid("interval", format!("{:?}", self.interval), "60 s or less");
+        }
+        if !(PAUSE_LIMIT_MIN..=PAUSE_LIMIT_MAX).contains(&self.pause_limit) {
+            let value = format!("{:?}", self.pause_limit);
+            return invalid("pause_limit", value, "from 10 ms to 60 s");
+        }
+        if let Some(bytes) = self
+            .max_staging_bytes
+            .filter(|&bytes| bytes < STAGING_BYTES_MIN)
+        {
+            return invalid("max_staging_bytes", bytes.to_string(), "64 KiB or more");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_values_out_of_bounds_are_named() {
+        CheckpointOptions::default().validate().unwrap();
+        type Change = fn(&mut CheckpointOptions);
+        let wrong: [(&str, Change); 5] = [
+            ("threads", |options| options.threads = Some(0)),
+            ("threads", |options| options.threads = Some(THREADS_MAX + 1)),
+            ("interval", |options| options.interval = Duration::MAX),
+            ("pause_limit", |options| {
+                options.pause_limit = Duration::ZERO;
+            }),
+            ("max_staging_bytes", |options| {
+                options.max_staging_bytes = Some(1);
+            }),
+        ];
+        for (name, change) in wrong {
+            let mut options = CheckpointOptions::default();
+            change(&mut options);
+            let error = options.validate().unwrap_err().to_string();
+            assert!(error.starts_with(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_protocol_is_read_back_from_its_name() {
+        for protocol in [Protocol::Stop, Protocol::Threaded] {
+            assert_eq!(protocol.to_string().parse::<Protocol>().unwrap(), protocol);
+        }
+        assert!("fast".parse::<Protocol>().is_err());
+    }
+}

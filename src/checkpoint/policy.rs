@@ -1,0 +1,224 @@
+//! The numbers of one checkpoint: threads, buffers, staging, and when to pause.
+
+use std::thread;
+use std::time::Duration;
+
+use crate::checkpoint::options::CheckpointOptions;
+use crate::page::PAGE_BYTES;
+
+/// The most threads of a kind that are taken without being asked for.
+const THREADS_DEFAULT_MAX: usize = 4;
+
+/// The least staging that is taken without being asked for less.
+const STAGING_BYTES_DEFAULT_MIN: u64 = 64 << 20;
+
+/// Part of the guest's memory that staging takes by default.
+const STAGING_FRACTION: u64 = 10;
+
+/// The most of staging that is kept for the harvests after the scan.
+const RESERVE_FRACTION: usize = 8;
+
+/// What copying a page into staging costs before it has been measured: 4 KiB at 8 GB/s, half of
+/// what one thread reaches on a quiet machine.
+const PAGE_COPY_NS_GUESS: u64 = 500;
+
+/// The most harvests after the scan: each costs the guest its write-protect faults again.
+pub(crate) const CLOSING_ROUNDS_MAX: u32 = 24;
+
+/// A harvest that leaves more than this many parts in eight of the pages before it did not help.
+const SHRINK_EIGHTHS: u64 = 7;
+
+/// How many harvests in a row may fail to help before the guest is paused regardless.
+const FUTILE_ROUNDS_MAX: u32 = 2;
+
+/// How one checkpoint is run.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    pub(crate) capture_threads: usize,
+    pub(crate) write_threads: usize,
+    /// Chunk buffers between capture and disk.
+    pub(crate) buffers: usize,
+    pub(crate) interval: Duration,
+    pub(crate) downtime_budget: Duration,
+    /// Slots of the staging table.
+    pub(crate) staging_slots: usize,
+    /// Slots that harvests during the scan leave free, so that those after it need not wait for a
+    /// spill.
+    pub(crate) reserved_slots: usize,
+}
+
+impl Policy {
+    /// Fixes the numbers for a guest of `page_count` pages.
+    pub(crate) fn new(options: &CheckpointOptions, page_count: usize) -> Self {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or(cpus.min(THREADS_DEFAULT_MAX));
+        let staging_slots = staging_slots(options.max_staging_bytes, page_count);
+        let budget_pages = options.downtime_budget.as_nanos() / u128::from(PAGE_COPY_NS_GUESS);
+        let budget_pages = usize::try_from(budget_pages).unwrap_or(usize::MAX);
+        Self {
+            // Copying is several times faster than hashing and writing: one scanning thread
+            // feeds many writers. `stop` takes as many as there are, since each also writes.
+            capture_threads: threads,
+            write_threads: threads,
+            // One in the hands of each thread, and one on its way to each writer.
+            buffers: 3 * threads + 1,
+            interval: options.interval,
+            downtime_budget: options.downtime_budget,
+            staging_slots,
+            reserved_slots: budget_pages
+                .saturating_mul(4)
+                .clamp(1, (staging_slots / RESERVE_FRACTION).max(1)),
+        }
+    }
+
+    /// Threads that scan while the guest runs.
+    pub(crate) fn scan_threads(&self) -> usize {
+        self.capture_threads.div_ceil(2)
+    }
+}
+
+fn staging_slots(max_bytes: Option<u64>, page_count: usize) -> usize {
+    let memory_bytes = (page_count * PAGE_BYTES) as u64;
+    let bytes = max_bytes
+        .unwrap_or_else(|| (memory_bytes / STAGING_FRACTION).max(STAGING_BYTES_DEFAULT_MIN));
+    let slots = usize::try_from(bytes / PAGE_BYTES as u64).unwrap_or(usize::MAX);
+    // A page has one slot at most. Two at least, so that half may be reserved.
+    slots.min(page_count).max(2)
+}
+
+/// What copying a page into staging costs, measured as it happens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyCost {
+    page_ns: u64,
+}
+
+impl Default for CopyCost {
+    fn default() -> Self {
+        Self {
+            page_ns: PAGE_COPY_NS_GUESS,
+        }
+    }
+}
+
+impl CopyCost {
+    /// Learns from a harvest; one of few pages says more about its fixed costs than about copying.
+    pub(crate) fn learn(&mut self, pages: u64, took: Duration) {
+        const PAGES_MIN: u64 = 256;
+        if pages >= PAGES_MIN {
+            let seen = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX) / pages;
+            self.page_ns = (self.page_ns.saturating_mul(3).saturating_add(seen) / 4).max(1);
+        }
+    }
+
+    /// Returns how long the copy of `pages` pages will take.
+    pub(crate) fn of(&self, pages: u64) -> Duration {
+        Duration::from_nanos(self.page_ns.saturating_mul(pages))
+    }
+}
+
+/// Decides when harvesting after the scan has done what it can.
+#[derive(Debug, Default)]
+pub(crate) struct Closing {
+    rounds: u32,
+    futile: u32,
+    before: Option<u64>,
+}
+
+/// Why harvesting ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClosingReason {
+    /// The last set can be copied within the downtime budget.
+    FitsBudget,
+    /// The last set no longer shrinks.
+    NoLongerShrinks,
+    /// The cap on rounds was reached.
+    RoundCap,
+}
+
+impl Closing {
+    /// Told how many pages are dirty now; returns why to pause, or `None` for another harvest.
+    pub(crate) fn next(
+        &mut self,
+        dirty: u64,
+        cost: Duration,
+        budget: Duration,
+    ) -> Option<ClosingReason> {
+        if cost <= budget {
+            return Some(ClosingReason::FitsBudget);
+        }
+        if self.rounds == CLOSING_ROUNDS_MAX {
+            return Some(ClosingReason::RoundCap);
+        }
+        if let Some(before) = self.before {
+            let helped = dirty <= before / 8 * SHRINK_EIGHTHS;
+            self.futile = if helped { 0 } else { self.futile + 1 };
+        }
+        if self.futile == FUTILE_ROUNDS_MAX {
+            return Some(ClosingReason::NoLongerShrinks);
+        }
+        self.rounds += 1;
+        self.before = Some(dirty);
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_millis(3);
+
+    fn close(dirty: impl Fn(u32) -> u64) -> (ClosingReason, u32) {
+        let mut closing = Closing::default();
+        let cost = CopyCost::default();
+        for round in 0.. {
+            let pages = dirty(round);
+            if let Some(reason) = closing.next(pages, cost.of(pages), BUDGET) {
+                return (reason, round);
+            }
+        }
+        unreachable!("rounds are capped")
+    }
+
+    #[test]
+    fn a_set_that_fits_the_budget_is_paused_for_at_once() {
+        assert_eq!(close(|_| 100), (ClosingReason::FitsBudget, 0));
+    }
+
+    #[test]
+    fn a_set_that_shrinks_is_harvested_until_it_fits() {
+        let (reason, rounds) = close(|round| 1_000_000 >> round);
+        assert_eq!(reason, ClosingReason::FitsBudget);
+        assert!(rounds > 3);
+    }
+
+    #[test]
+    fn a_set_that_does_not_shrink_ends_the_harvests() {
+        assert_eq!(close(|_| 1_000_000), (ClosingReason::NoLongerShrinks, 2));
+    }
+
+    #[test]
+    fn a_set_that_shrinks_for_ever_is_capped() {
+        let shrinks = |round: u32| (0..round).fold(u64::MAX / 1_000_000, |pages, _| pages / 8 * 7);
+        assert_eq!(
+            close(shrinks),
+            (ClosingReason::RoundCap, CLOSING_ROUNDS_MAX)
+        );
+    }
+
+    #[test]
+    fn staging_is_a_tenth_of_memory_within_its_bounds() {
+        let slots = |bytes, pages| staging_slots(bytes, pages);
+        assert_eq!(slots(None, 10 << 18), 1 << 18);
+        assert_eq!(slots(None, 1 << 18), 26_214);
+        assert_eq!(slots(None, 1 << 16), 64 << 8);
+        assert_eq!(slots(None, 100), 100);
+        assert_eq!(slots(Some(1 << 20), 1 << 18), 256);
+        let options = CheckpointOptions {
+            max_staging_bytes: Some(1 << 20),
+            ..CheckpointOptions::default()
+        };
+        assert_eq!(Policy::new(&options, 1 << 18).reserved_slots, 32);
+    }
+}

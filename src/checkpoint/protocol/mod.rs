@@ -1,0 +1,32 @@
+//! The protocols: how memory gets from the guest into the image.
+//!
+//! Each is a function from a session and an empty image to a captured moment. It owns the guest's
+//! pauses and the threads that capture; the session owns everything before and after.
+
+mod harvest;
+mod scan;
+mod stop;
+mod threaded;
+
+use jiff::Timestamp;
+
+use crate::checkpoint::error::Halt;
+use crate::checkpoint::options::Protocol;
+use crate::checkpoint::session::Session;
+use crate::state::StateSection;
+
+/// What a protocol returns, once every page of the moment is in the image, nothing but the session
+/// holds the image any more, and the guest runs.
+pub(crate) struct Captured {
+    pub(crate) sections: Vec<StateSection>,
+    /// The captured moment.
+    pub(crate) moment: Timestamp,
+}
+
+/// Captures the guest. On an error the guest runs as well, and its dirty log is off.
+pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
+    match session.options.protocol {
+        Protocol::Stop => stop::capture(session),
+        Protocol::Threaded => threaded::capture(session),
+    }
+}

@@ -1,0 +1,143 @@
+//! `threaded`: scan memory once, harvest what is dirtied meanwhile, pause for the rest.
+//!
+//! The image is the moment of the pause at the end. Time is bounded by the size of memory: there
+//! is no test for convergence before the scan ends, and a capped number of harvests after it.
+//!
+//! A page's copy in the image is the one with the highest epoch: the scan's is 0, each harvest
+//! counts one up. A page that the scan copied while the guest was writing it may be torn; it is
+//! dirty then, since it was re-armed before, and a later harvest copies it whole.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+
+use crossbeam_channel::{Sender, bounded};
+
+use crate::checkpoint::capture::{LastSet, Staging};
+use crate::checkpoint::crew::give_way;
+use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::phase::Phase;
+use crate::checkpoint::protocol::Captured;
+use crate::checkpoint::protocol::harvest::Harvester;
+use crate::checkpoint::protocol::scan::{Scan, Scanner};
+use crate::checkpoint::session::Session;
+use crate::checkpoint::stats::{micros, per_second};
+use crate::checkpoint::tracker::{Logging, Tracker};
+use crate::checkpoint::writer::{WriteQueue, start_writers};
+use crate::page::PAGE_BYTES;
+
+pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
+    session.statistics.mechanism = "kvm-dirty-log";
+    session.statistics.capture_threads = session.policy.scan_threads() as u64;
+    session.statistics.write_threads = session.policy.write_threads as u64;
+    let staging = make_staging(session)?;
+    let buffers = session.options.workspace.buffers(session.policy.buffers);
+    let image = session.image();
+    let (queue, returned) = start_writers(
+        &mut session.writers,
+        &session.control,
+        &image,
+        &session.tally,
+        buffers,
+        session.policy.write_threads,
+    )?;
+    drop(image);
+    let logging = Logging::start(session.guest.clone())?;
+    session.job.enter(Phase::Live)?;
+    let (helpers, mut harvester) = live(session, queue, staging)?;
+    let lease = session.lease.clone();
+    let pause = session.in_pause(|_| harvester.capture_last(&lease, &helpers))?;
+    let resumed = Instant::now();
+    session.job.enter(Phase::Draining)?;
+    // The scanning threads end; the guest pays for its log no longer than it must.
+    drop(helpers);
+    logging.stop()?;
+    session.statistics.log_stop_us = micros(resumed.elapsed());
+    harvester.drain()?;
+    report(session, &harvester);
+    let Harvester { queue, staging, .. } = harvester;
+    drop(queue);
+    session.writers.join()?;
+    session.capture.join()?;
+    session.statistics.drain_us = micros(resumed.elapsed());
+    let kept = Some(staging.into_memory());
+    session.options.workspace.keep(returned.buffers(), kept);
+    Ok(Captured {
+        sections: pause.sections,
+        moment: pause.moment,
+    })
+}
+
+fn make_staging(session: &Session) -> Result<Staging, CheckpointError> {
+    let slots = session.policy.staging_slots;
+    let kept = session.options.workspace.staging();
+    let mut staging = Staging::new(slots, session.layout.page_count(), kept)?;
+    // As much as the first harvest may take; each harvest populates for the next.
+    let first = 2 * session.policy.reserved_slots;
+    staging.populate(first, || session.control.check().is_ok())?;
+    Ok(staging)
+}
+
+/// Scans and harvests; returns what the pause needs when the last set is as small as it gets.
+fn live(
+    session: &mut Session,
+    queue: WriteQueue,
+    staging: Staging,
+) -> Result<(Sender<Arc<LastSet>>, Harvester), Halt> {
+    let tracker = Arc::new(Tracker::new(session.guest.clone(), session.layout.clone()));
+    let scan = Arc::new(Scan {
+        layout: session.layout.clone(),
+        tracker: tracker.clone(),
+        control: session.control.clone(),
+        next: AtomicUsize::new(0),
+    });
+    let threads = session.policy.scan_threads();
+    let (unfinished, scanning) = bounded(0);
+    let (helpers, last_set) = bounded(threads);
+    for number in 0..threads {
+        let scanner = Scanner {
+            scan: scan.clone(),
+            queue: queue.clone(),
+            unfinished: unfinished.clone(),
+            last_set: last_set.clone(),
+        };
+        session
+            .capture
+            .spawn(&format!("lvp-scan-{number}"), move || {
+                give_way();
+                scanner.run()
+            })?;
+    }
+    drop(unfinished);
+    let mut harvester = Harvester::new(
+        session.layout.clone(),
+        tracker,
+        session.control.clone(),
+        queue,
+        staging,
+        session.policy.clone(),
+    );
+    let (done, harvested) = bounded(1);
+    session.capture.spawn("lvp-harvest", move || {
+        harvester.live(&scanning)?;
+        done.send(harvester).map_err(|_| Halt::Stopped)
+    })?;
+    let harvester = session.control.wait(&harvested)?;
+    Ok((helpers, harvester))
+}
+
+/// Takes over what the harvester counted.
+fn report(session: &mut Session, harvester: &Harvester) {
+    let harvested = &harvester.statistics;
+    let statistics = &mut session.statistics;
+    statistics.rounds.clone_from(&harvested.rounds);
+    statistics.round_count = harvested.round_count;
+    statistics.dirty_pages = harvested.dirty_pages;
+    statistics.closing = harvested.closing;
+    statistics.staging = harvested.staging;
+    statistics.staging.capacity_bytes = (harvester.staging.capacity() * PAGE_BYTES) as u64;
+    statistics.staging.peak_bytes = (harvester.staging.peak() * PAGE_BYTES) as u64;
+    statistics.staging.replaced_pages = harvester.staging.replaced_pages;
+    let live = std::time::Duration::from_micros(statistics.live_us);
+    statistics.dirty_pages_per_s = per_second(statistics.dirty_pages, live);
+}

@@ -1,0 +1,375 @@
+//! One checkpoint from its start to its end, on a thread of its own.
+//!
+//! The session's thread decides and waits; it touches neither storage nor guest memory in bulk,
+//! so that it can always answer a cancel and always resume the guest.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{bounded, select};
+use jiff::Timestamp;
+
+use crate::checkpoint::capture::touched_pages;
+use crate::checkpoint::commit::GatedStorage;
+use crate::checkpoint::control::Control;
+use crate::checkpoint::crew::{Crew, guarded, thread_cpu_ns};
+use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::job::{Job, JobShared, Report};
+use crate::checkpoint::layout::Layout;
+use crate::checkpoint::options::{CheckpointOptions, Protocol};
+use crate::checkpoint::phase::Phase;
+use crate::checkpoint::policy::Policy;
+use crate::checkpoint::protocol::{self, Captured};
+use crate::checkpoint::stats::{Downtime, Statistics, micros};
+use crate::checkpoint::watchdog::PauseLease;
+use crate::checkpoint::writer::Tally;
+use crate::guest::Guest;
+use crate::page::PAGE_BYTES;
+use crate::state::StateSection;
+use crate::store::{
+    CommittedImage, ImageWriter, ManifestFacts, Storage, WriteOptions, estimate_bytes,
+};
+use crate::sys::sigmask::SignalsBlocked;
+
+/// How long a stopped session waits for its threads, and then for the image's removal. A write of
+/// one chunk takes a millisecond, or some tens where it is compressed hard.
+const TEARDOWN_PATIENCE: Duration = Duration::from_millis(40);
+
+/// How long to wait for the reason of a failure that another thread is just reporting.
+const REASON_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Starts a checkpoint of `guest` into an image at `path` (or in it, where it is a directory).
+///
+/// Returns as soon as the checkpoint is under way; the job has the rest. Fails at once where the
+/// options are wrong, the guest cannot be checkpointed, or another checkpoint of it is running.
+/// Nothing is paused before the image is begun.
+pub fn start(
+    guest: Arc<dyn Guest>,
+    storage: Arc<dyn Storage>,
+    path: impl Into<PathBuf>,
+    options: CheckpointOptions,
+) -> Result<Job, CheckpointError> {
+    options.validate()?;
+    guest
+        .check_checkpointable()
+        .map_err(CheckpointError::guest("checkpoint the guest"))?;
+    let claim = Claim::new(guest.clone())?;
+    let layout = Arc::new(Layout::new(guest.regions()));
+    let memory_bytes = (layout.page_count() * PAGE_BYTES) as u64;
+    let job = Arc::new(JobShared::new(memory_bytes)?);
+    let path = path.into();
+    let shared = job.clone();
+    let run = move || {
+        let session = Session::new(guest, layout, options, &shared);
+        let outcome = session.run(storage, path);
+        drop(claim);
+        shared.finish(outcome, true);
+    };
+    // The session's thread, and all that it starts, inherit the full mask.
+    let blocked = SignalsBlocked::new();
+    let session = thread::Builder::new()
+        .name("lvp-session".to_owned())
+        .spawn(run)
+        .map_err(CheckpointError::resource("thread lvp-session"))?;
+    drop(blocked);
+    job.set_session(session);
+    Ok(Job { shared: job })
+}
+
+/// The right to use the guest's dirty log.
+struct Claim(Arc<dyn Guest>);
+
+impl Claim {
+    fn new(guest: Arc<dyn Guest>) -> Result<Self, CheckpointError> {
+        if guest.host_writes().claim() {
+            Ok(Self(guest))
+        } else {
+            Err(CheckpointError::Busy)
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.host_writes().release_claim();
+    }
+}
+
+/// A running checkpoint, as its own thread sees it.
+pub(crate) struct Session {
+    pub(crate) guest: Arc<dyn Guest>,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) options: CheckpointOptions,
+    pub(crate) policy: Policy,
+    pub(crate) job: Arc<JobShared>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) lease: Arc<PauseLease>,
+    /// Threads that read the guest.
+    pub(crate) capture: Crew,
+    /// Threads that only write the image.
+    pub(crate) writers: Crew,
+    pub(crate) tally: Arc<Tally>,
+    pub(crate) statistics: Statistics,
+    /// CPU time of the threads that have ended, in nanoseconds.
+    cpu: Arc<AtomicU64>,
+    /// Held here to the end, so that its removal never blocks this thread.
+    image: Option<Arc<ImageWriter>>,
+}
+
+/// What a pause yields beside memory.
+pub(crate) struct PauseOutcome {
+    pub(crate) sections: Vec<StateSection>,
+    pub(crate) moment: Timestamp,
+}
+
+impl Session {
+    fn new(
+        guest: Arc<dyn Guest>,
+        layout: Arc<Layout>,
+        options: CheckpointOptions,
+        job: &Arc<JobShared>,
+    ) -> Self {
+        let control = job.control.clone();
+        let cpu = Arc::new(AtomicU64::new(0));
+        let statistics = Statistics {
+            protocol: options.protocol,
+            memory_bytes: (layout.page_count() * PAGE_BYTES) as u64,
+            ..Statistics::default()
+        };
+        Self {
+            policy: Policy::new(&options, layout.page_count()),
+            lease: Arc::new(PauseLease::new(
+                guest.clone(),
+                job.clone(),
+                options.pause_limit,
+            )),
+            capture: Crew::new(control.clone(), cpu.clone()),
+            writers: Crew::new(control.clone(), cpu.clone()),
+            tally: Arc::default(),
+            guest,
+            layout,
+            options,
+            job: job.clone(),
+            control,
+            statistics,
+            cpu,
+            image: None,
+        }
+    }
+
+    /// Runs the checkpoint to its end, whatever that is.
+    fn run(mut self, storage: Arc<dyn Storage>, path: PathBuf) -> Result<Report, CheckpointError> {
+        let control = self.control.clone();
+        let lease = self.lease.clone();
+        let mut watchdog = Crew::new(control.clone(), Arc::default());
+        let mut committed = None;
+        guarded(&control, "lvp-session", || {
+            let watch = self.lease.clone();
+            watchdog.spawn("lvp-watchdog", move || {
+                watch.watch();
+                Ok(())
+            })?;
+            committed = Some(self.checkpoint(storage, path)?);
+            Ok(())
+        });
+        if committed.is_none() {
+            self.tear_down();
+        } else {
+            self.writers.join_until(Instant::now() + TEARDOWN_PATIENCE);
+        }
+        // Ends at once: the guest is paused no more.
+        lease.end_watch();
+        watchdog.join_until(Instant::now() + REASON_PATIENCE);
+        let Some(image) = committed else {
+            let reason = control.wait_for_reason(REASON_PATIENCE);
+            return Err(reason.expect("whoever stops a checkpoint says why"));
+        };
+        self.finish_statistics();
+        Ok(Report {
+            image,
+            statistics: Arc::new(self.statistics),
+        })
+    }
+
+    fn checkpoint(
+        &mut self,
+        storage: Arc<dyn Storage>,
+        path: PathBuf,
+    ) -> Result<CommittedImage, Halt> {
+        let image = self.begin_image(storage, path)?;
+        self.image = Some(Arc::new(image));
+        let captured = protocol::capture(self)?;
+        self.job.enter(Phase::Committing)?;
+        self.commit(captured)
+    }
+
+    /// Returns the image, for a thread that writes to it.
+    pub(crate) fn image(&self) -> Arc<ImageWriter> {
+        let image = self.image.clone();
+        image.expect("it is begun before a protocol runs, and committed after")
+    }
+
+    fn begin_image(
+        &mut self,
+        storage: Arc<dyn Storage>,
+        path: PathBuf,
+    ) -> Result<ImageWriter, Halt> {
+        let storage = Arc::new(GatedStorage::new(storage, self.control.gate.clone()));
+        let regions = self.layout.for_image();
+        let expected_bytes = self.options.check_space.then(|| {
+            let touched = touched_pages(&self.layout, || self.control.check().is_ok());
+            estimate_bytes(touched)
+        });
+        self.control.check()?;
+        let options = WriteOptions {
+            codec: self.options.codec,
+            durable: self.options.durable,
+            guest_waits: self.options.protocol == Protocol::Stop,
+            expected_bytes,
+        };
+        self.offload("lvp-create", move || {
+            ImageWriter::create(storage, &path, &regions, &options)
+                .map_err(CheckpointError::store("begin"))
+        })
+    }
+
+    fn commit(&mut self, captured: Captured) -> Result<CommittedImage, Halt> {
+        let Captured { sections, moment } = captured;
+        let image = self.image.take().and_then(Arc::into_inner);
+        let image = image.expect("the protocol ended all who held it");
+        let pages = self.layout.page_count() as u64;
+        self.statistics.written = self.tally.totals(pages);
+        self.statistics.untouched_pages = self.tally.untouched_pages();
+        self.finish_statistics();
+        let statistics =
+            serde_json::to_value(&self.statistics).expect("numbers and names encode as JSON");
+        let description = self.guest.describe();
+        let facts = ManifestFacts {
+            name: description.name,
+            uuid: description.uuid,
+            domain_xml: description.domain_xml,
+            vcpu_count: description.vcpu_count,
+            facts: description.facts,
+            protocol: self.options.protocol.name().to_owned(),
+            statistics,
+            created: moment,
+        };
+        let began = Instant::now();
+        let committed = self.offload("lvp-commit", move || {
+            for section in sections {
+                image
+                    .add_section(section)
+                    .map_err(CheckpointError::store("add state to"))?;
+            }
+            image
+                .commit(facts)
+                .map_err(CheckpointError::store("commit"))
+        })?;
+        self.statistics.commit_us = micros(began.elapsed());
+        let bytes = committed.image_bytes;
+        self.control
+            .bytes_written
+            .fetch_max(bytes, Ordering::Relaxed);
+        Ok(committed)
+    }
+
+    /// Computes the totals up to now. The CPU time is that of this thread and of those that ended.
+    fn finish_statistics(&mut self) {
+        let cpu_ns = self.cpu.load(Ordering::Relaxed) + thread_cpu_ns();
+        let elapsed = self.control.started.elapsed();
+        self.statistics.finish(elapsed, cpu_ns);
+    }
+
+    /// Runs work that may block on storage on a thread that can be abandoned.
+    fn offload<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+    ) -> Result<T, Halt> {
+        let (done, result) = bounded(1);
+        self.writers.spawn(name, move || {
+            // Nobody may wait any more; the result is dropped then, and with it its file.
+            done.send(work()?).ok();
+            Ok(())
+        })?;
+        let value = select! {
+            recv(result) -> value => value.map_err(|_| Halt::Stopped)?,
+            // A result that came with the order to stop counts: a commit may be in it.
+            recv(self.control.stop_signal()) -> _ => {
+                result.try_recv().map_err(|_| Halt::Stopped)?
+            }
+        };
+        Ok(value)
+    }
+
+    /// Pauses the guest, saves its state, lets `last_pages` capture the rest, and resumes it.
+    ///
+    /// The order is: kick, complete pending exits and drain devices (the guest's `pause`); save
+    /// state; last pages; the caller's hook; resume. State comes before pages, because saving it
+    /// may write guest memory. Whatever happens, the guest runs when this returns.
+    pub(crate) fn in_pause(
+        &mut self,
+        last_pages: impl FnOnce(&mut Self) -> Result<(), Halt>,
+    ) -> Result<PauseOutcome, Halt> {
+        self.job.enter(Phase::Pausing)?;
+        self.statistics.live_us = micros(self.control.started.elapsed());
+        self.lease.beat_before("the guest's state is saved");
+        let pause = self.lease.pause()?;
+        let moment = Timestamp::now();
+        let mut downtime = Downtime {
+            kick_us: micros(pause.timing.kick),
+            quiesce_us: micros(pause.timing.quiesce),
+            ..Downtime::default()
+        };
+        let saving = Instant::now();
+        let sections = self.guest.save_state();
+        let sections = sections.map_err(CheckpointError::guest("save the guest's state"))?;
+        downtime.state_us = micros(saving.elapsed());
+        self.lease.beat_before("the last pages are captured");
+        let capturing = Instant::now();
+        last_pages(self)?;
+        downtime.last_pages_us = micros(capturing.elapsed());
+        let hook = self.run_hook();
+        let resuming = Instant::now();
+        let started = pause.started;
+        pause.end()?;
+        downtime.resume_us = micros(resuming.elapsed());
+        downtime.hook_us = micros(hook);
+        downtime.total_us = micros(started.elapsed().saturating_sub(hook));
+        self.statistics.downtime = downtime;
+        Ok(PauseOutcome { sections, moment })
+    }
+
+    fn run_hook(&self) -> Duration {
+        let Some(hook) = &self.options.at_pause else {
+            return Duration::ZERO;
+        };
+        self.lease.beat_before("the caller's hook runs");
+        let began = Instant::now();
+        hook(self.guest.as_ref());
+        self.lease.beat();
+        began.elapsed()
+    }
+
+    /// Ends the threads of a stopped checkpoint, and abandons those that are stuck in storage.
+    /// The guest runs and its log is off already.
+    fn tear_down(&mut self) {
+        let deadline = Instant::now() + TEARDOWN_PATIENCE;
+        self.capture.join_until(deadline);
+        self.writers.join_until(deadline);
+        if let Some(image) = self.image.take() {
+            // The last to hold it removes the file, which may block.
+            let removed = self.writers.spawn("lvp-abort", move || {
+                drop(image);
+                Ok(())
+            });
+            if let Err(error) = removed {
+                log::warn!("could not remove the image in the background: {error}");
+            }
+            self.writers.join_until(Instant::now() + TEARDOWN_PATIENCE);
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! However a checkpoint ends, the guest runs on.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Bench;
+use crate::checkpoint::fake::{Call, Operation};
+use crate::checkpoint::{CheckpointError, Phase, Protocol};
+
+/// How long a cancel may take. Other work on the test machine can make one late, not three.
+const CANCEL_LIMIT: Duration = Duration::from_millis(100);
+
+/// How long anything may take that must not hang.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Cancels a checkpoint that `block` stops in `phase`; returns how long the answer took.
+fn cancel_in(phase: Phase, protocol: Protocol, block: impl Fn(&mut Bench)) -> Duration {
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.checkpoint();
+    let before = bench.files();
+    bench.options.protocol = protocol;
+    bench.options.pause_limit = PATIENCE;
+    bench.options.durable = true;
+    let running = bench.guest.run(2, 1);
+    running.assert_progress();
+    block(&mut bench);
+    let job = bench.start();
+    bench.storage.wait_for_blocked();
+    let start = Instant::now();
+    while job.progress().phase != phase {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "blocked in {:?}",
+            job.progress().phase
+        );
+        std::thread::yield_now();
+    }
+    let cancelled = Instant::now();
+    assert!(job.cancel());
+    let error = job.wait_timeout(PATIENCE).expect("it ends").unwrap_err();
+    let took = cancelled.elapsed();
+    assert!(error.is_cancelled(), "{error}");
+    assert_eq!(job.progress().phase, Phase::Cancelled);
+    running.assert_progress();
+    bench.assert_nothing_is_left(&before);
+    took
+}
+
+fn cancel_is_prompt_in(phase: Phase, protocol: Protocol, block: impl Fn(&mut Bench)) {
+    let best = (0..3)
+        .map(|_| cancel_in(phase, protocol, &block))
+        .min()
+        .unwrap();
+    assert!(best <= CANCEL_LIMIT, "a cancel in {phase} took {best:?}");
+}
+
+#[test]
+fn cancel_while_starting_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Starting, Protocol::Threaded, |bench| {
+        bench.storage.block(Operation::Create);
+    });
+}
+
+#[test]
+fn cancel_while_live_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Live, Protocol::Threaded, |bench| {
+        // Fewer buffers than the guest has pieces, so that the scan must wait.
+        bench.options.threads = Some(1);
+        bench.storage.block(Operation::Write);
+    });
+}
+
+#[test]
+fn cancel_in_the_pause_of_stop_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Pausing, Protocol::Stop, |bench| {
+        bench.storage.block(Operation::Write);
+    });
+}
+
+#[test]
+fn cancel_in_the_pause_of_threaded_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Pausing, Protocol::Threaded, |bench| {
+        // More dirty pages than staging and all buffers hold, and a disk that takes none.
+        bench.options.max_staging_bytes = Some(64 << 10);
+        bench.options.threads = Some(1);
+        let storage = bench.storage.clone();
+        bench.guest.on(Call::Save, move |guest| {
+            storage.block(Operation::Write);
+            (0..guest.page_count()).for_each(|page| guest.write_page(page, 3));
+        });
+    });
+}
+
+#[test]
+fn cancel_while_draining_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Draining, Protocol::Threaded, |bench| {
+        let storage = bench.storage.clone();
+        bench.options.at_pause = Some(Arc::new(move |_| storage.block(Operation::Write)));
+    });
+}
+
+#[test]
+fn cancel_while_committing_leaves_the_guest_running_and_no_file() {
+    for protocol in [Protocol::Stop, Protocol::Threaded] {
+        cancel_is_prompt_in(Phase::Committing, protocol, |bench| {
+            bench.storage.block(Operation::Sync);
+        });
+    }
+}
+
+#[test]
+fn a_cancel_that_comes_after_the_commit_is_refused() {
+    let bench = Bench::new();
+    bench.guest.fill();
+    let job = bench.start();
+    job.wait().unwrap();
+    assert!(!job.cancel());
+    assert!(job.wait().is_ok());
+    assert_eq!(job.progress().phase, Phase::Done);
+}
+
+#[test]
+fn a_removal_that_blocks_does_not_hold_up_the_end() {
+    let bench = Bench::new();
+    bench.guest.fill();
+    bench.storage.block(Operation::Write);
+    bench.storage.block(Operation::Remove);
+    let job = bench.start();
+    bench.storage.wait_for_blocked();
+    assert!(job.cancel());
+    let error = job.wait_timeout(PATIENCE).expect("it ends").unwrap_err();
+    assert!(error.is_cancelled());
+    bench.assert_nothing_is_left(&Default::default());
+}
+
+/// Fails unless the checkpoint fails and leaves the guest running; returns the error.
+fn fails(bench: &Bench) -> CheckpointError {
+    let before = bench.files();
+    let running = bench.guest.run(2, 2);
+    running.assert_progress();
+    let job = bench.start();
+    let error = job.wait_timeout(PATIENCE).expect("it ends").unwrap_err();
+    assert_eq!(job.progress().phase, Phase::Failed, "{error}");
+    running.assert_progress();
+    bench.assert_nothing_is_left(&before);
+    // And the next one works.
+    error
+}
+
+#[test]
+fn a_blocked_storage_never_leaves_the_guest_paused() {
+    for protocol in [Protocol::Stop, Protocol::Threaded] {
+        let mut bench = Bench::new();
+        bench.guest.fill();
+        bench.options.protocol = protocol;
+        bench.options.pause_limit = Duration::from_millis(150);
+        bench.options.max_staging_bytes = Some(64 << 10);
+        bench.options.threads = Some(1);
+        let storage = bench.storage.clone();
+        bench.guest.on(Call::Save, move |guest| {
+            storage.block(Operation::Write);
+            (0..guest.page_count()).for_each(|page| guest.write_page(page, 3));
+        });
+        let error = fails(&bench);
+        let CheckpointError::PauseExpired {
+            limit_ms: 150,
+            waiting,
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert!(waiting.contains("written"), "{waiting}");
+    }
+}
+
+#[test]
+fn a_session_that_hangs_in_the_guests_own_code_is_ended_by_the_watchdog() {
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.options.pause_limit = Duration::from_millis(50);
+    let hang = Arc::new(AtomicBool::new(true));
+    let hanging = hang.clone();
+    bench.guest.on(Call::Save, move |_| {
+        while hanging.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let running = bench.guest.run(2, 2);
+    let job = bench.start();
+    let error = job
+        .wait_timeout(PATIENCE)
+        .expect("the watchdog ends it")
+        .unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::PauseExpired { .. }),
+        "{error}"
+    );
+    running.assert_progress();
+    assert!(
+        matches!(bench.try_start(), Err(CheckpointError::Busy)),
+        "the session lives"
+    );
+    hang.store(false, Ordering::SeqCst);
+    let start = Instant::now();
+    while matches!(
+        bench.try_start().map(|job| job.wait()),
+        Err(CheckpointError::Busy)
+    ) {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_checkpoint_and_not_the_guest() {
+    for protocol in [Protocol::Stop, Protocol::Threaded] {
+        for good_writes in [0, 3] {
+            let mut bench = Bench::new();
+            bench.guest.fill();
+            bench.options.protocol = protocol;
+            bench.checkpoint();
+            bench
+                .storage
+                .fail_writes(good_writes, io::ErrorKind::StorageFull);
+            let error = fails(&bench);
+            let CheckpointError::Store { source, .. } = error else {
+                panic!("{error}");
+            };
+            assert!(source.is_no_space());
+        }
+    }
+}
+
+#[test]
+fn an_io_error_fails_the_checkpoint_and_not_the_guest_and_the_next_one_works() {
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.storage.fail_writes(2, io::ErrorKind::Other);
+    assert!(matches!(fails(&bench), CheckpointError::Store { .. }));
+    bench.storage = Default::default();
+    bench.checkpoint();
+    bench.assert_image_is_the_moment();
+}
+
+fn assert_panic_of(error: &CheckpointError, name: &str) {
+    let CheckpointError::Panicked { thread, .. } = error else {
+        panic!("{error}");
+    };
+    assert!(thread.starts_with(name), "{thread}");
+}
+
+#[test]
+fn a_panicking_thread_fails_the_checkpoint_and_the_guest_runs_on() {
+    let bench = Bench::new();
+    bench.guest.fill();
+    bench.storage.panic_in_writes(1);
+    assert_panic_of(&fails(&bench), "lvp-write");
+
+    let bench = Bench::new();
+    bench.guest.fill();
+    bench.guest.on(Call::Rearm, |_| panic!("on purpose"));
+    assert_panic_of(&fails(&bench), "lvp-");
+
+    let bench = Bench::new();
+    bench.guest.fill();
+    bench.guest.on(Call::Fetch, |_| panic!("on purpose"));
+    assert_panic_of(&fails(&bench), "lvp-harvest");
+}
+
+#[test]
+fn a_panic_in_the_pause_resumes_the_guest() {
+    for protocol in [Protocol::Stop, Protocol::Threaded] {
+        let mut bench = Bench::new();
+        bench.guest.fill();
+        bench.options.protocol = protocol;
+        bench.guest.on(Call::Save, |_| panic!("on purpose"));
+        assert_panic_of(&fails(&bench), "lvp-session");
+
+        let mut bench = Bench::new();
+        bench.guest.fill();
+        bench.options.protocol = protocol;
+        bench.options.at_pause = Some(Arc::new(|_| panic!("on purpose")));
+        assert_panic_of(&fails(&bench), "lvp-session");
+    }
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.options.protocol = Protocol::Stop;
+    bench.storage.panic_in_writes(1);
+    assert_panic_of(&fails(&bench), "lvp-scan");
+}

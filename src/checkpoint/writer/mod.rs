@@ -1,0 +1,255 @@
+//! From captured pages to the image: buffers, the queue, and the threads at its end.
+//!
+//! A fixed set of buffers goes round: a capturing thread takes a free one, fills it and queues it;
+//! a writing thread compresses, hashes and writes it, and frees it. Nothing is allocated on the
+//! way, and whoever captures faster than the disk writes waits for a free buffer.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+
+use crate::checkpoint::control::Control;
+use crate::checkpoint::crew::{Crew, give_way};
+use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::layout::PIECE;
+use crate::checkpoint::stats::WriteStatistics;
+use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PageRun};
+use crate::store::{ChunkPages, ChunkScratch, ImageWriter};
+
+/// One chunk on its way to the image.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    /// The epoch of all its copies; the highest wins in the image.
+    pub(crate) epoch: u32,
+    frames: Vec<Gfn>,
+    data: Vec<u8>,
+    /// Runs of pages that were never touched.
+    zeros: Vec<PageRun>,
+}
+
+impl Buffer {
+    /// Makes an empty buffer, all of it populated: the copies must not fault.
+    pub(crate) fn new() -> Self {
+        Self {
+            epoch: 0,
+            frames: Vec::with_capacity(PIECE),
+            // Not zero, which would only reserve the pages.
+            data: vec![0xff; PIECE_BYTES],
+            zeros: Vec::with_capacity(PIECE / 2),
+        }
+    }
+
+    pub(crate) fn clear(&mut self, epoch: u32) {
+        self.epoch = epoch;
+        self.frames.clear();
+        self.zeros.clear();
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.frames.len() == PIECE
+    }
+
+    /// Adds `run`'s frames and returns the room for their bytes.
+    pub(crate) fn push_run(&mut self, run: PageRun) -> &mut [u8] {
+        let first = self.frames.len();
+        self.frames.extend((run.start.0..run.end().0).map(Gfn));
+        &mut self.data[first * PAGE_BYTES..self.frames.len() * PAGE_BYTES]
+    }
+
+    /// Adds one frame and returns the room for its bytes.
+    pub(crate) fn push(&mut self, frame: Gfn) -> &mut [u8] {
+        self.push_run(PageRun {
+            start: frame,
+            page_count: 1,
+        })
+    }
+
+    /// Adds a run of pages that were never touched.
+    pub(crate) fn push_untouched(&mut self, run: PageRun) {
+        self.zeros.push(run);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn frames(&self) -> &[Gfn] {
+        &self.frames
+    }
+
+    #[cfg(test)]
+    pub(crate) fn zero_runs(&self) -> &[PageRun] {
+        &self.zeros
+    }
+
+    /// Writes the buffer to `image`.
+    pub(crate) fn write(
+        &self,
+        image: &ImageWriter,
+        scratch: &mut ChunkScratch,
+        tally: &Tally,
+    ) -> Result<(), CheckpointError> {
+        let failed = CheckpointError::store("write");
+        let result = (|| {
+            for &run in &self.zeros {
+                image.record_zero(self.epoch, run)?;
+                tally.untouched.fetch_add(run.page_count, Ordering::Relaxed);
+            }
+            if self.frames.is_empty() {
+                return Ok(());
+            }
+            let pages = ChunkPages {
+                epoch: self.epoch,
+                frames: &self.frames,
+                data: &self.data[..self.frames.len() * PAGE_BYTES],
+            };
+            let stats = image.write_chunk(pages, scratch)?;
+            tally
+                .copied
+                .fetch_add(self.frames.len() as u64, Ordering::Relaxed);
+            tally.zero.fetch_add(stats.zero_pages, Ordering::Relaxed);
+            tally
+                .raw_bytes
+                .fetch_add(stats.raw_bytes, Ordering::Relaxed);
+            tally
+                .stored_bytes
+                .fetch_add(stats.stored_bytes, Ordering::Relaxed);
+            Ok(())
+        })();
+        result.map_err(failed)
+    }
+}
+
+/// What went to the image; counted by all writing threads.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    untouched: AtomicU64,
+    copied: AtomicU64,
+    zero: AtomicU64,
+    raw_bytes: AtomicU64,
+    stored_bytes: AtomicU64,
+}
+
+impl Tally {
+    /// Returns the pages recorded without being read.
+    pub(crate) fn untouched_pages(&self) -> u64 {
+        self.untouched.load(Ordering::Relaxed)
+    }
+
+    /// Returns the totals for a guest of `page_count` pages, all of which were written.
+    pub(crate) fn totals(&self, page_count: u64) -> WriteStatistics {
+        let untouched = self.untouched_pages();
+        let pages = untouched + self.copied.load(Ordering::Relaxed);
+        WriteStatistics {
+            pages,
+            zero_pages: untouched + self.zero.load(Ordering::Relaxed),
+            duplicate_pages: pages.saturating_sub(page_count),
+            raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
+            stored_bytes: self.stored_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// The capturing side of the queue. The writing threads end when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub(crate) struct WriteQueue {
+    filled: Sender<Buffer>,
+    free: Receiver<Buffer>,
+    stop: Receiver<Infallible>,
+}
+
+impl WriteQueue {
+    /// Waits for a free buffer, and clears it for copies of `epoch`.
+    pub(crate) fn buffer(&self, epoch: u32) -> Result<Buffer, Halt> {
+        select! {
+            recv(self.free) -> buffer => {
+                let mut buffer = buffer.map_err(|_| Halt::Stopped)?;
+                buffer.clear(epoch);
+                Ok(buffer)
+            }
+            recv(self.stop) -> _ => Err(Halt::Stopped),
+        }
+    }
+
+    /// Hands a buffer to the writing threads. Does not wait: the queue has room for all of them.
+    pub(crate) fn submit(&self, buffer: Buffer) -> Result<(), Halt> {
+        self.filled.send(buffer).map_err(|_| Halt::Stopped)
+    }
+}
+
+/// The buffers, for the next checkpoint, once the writing threads have ended.
+#[derive(Debug)]
+pub(crate) struct Returned(Receiver<Buffer>);
+
+impl Returned {
+    pub(crate) fn buffers(&self) -> Vec<Buffer> {
+        self.0.try_iter().collect()
+    }
+}
+
+/// Starts `threads` writing threads in `crew`, fed through the returned queue.
+pub(crate) fn start_writers(
+    crew: &mut Crew,
+    control: &Arc<Control>,
+    image: &Arc<ImageWriter>,
+    tally: &Arc<Tally>,
+    buffers: Vec<Buffer>,
+    threads: usize,
+) -> Result<(WriteQueue, Returned), CheckpointError> {
+    let (filled, to_write) = bounded(buffers.len());
+    let (recycle, free) = bounded(buffers.len());
+    for buffer in buffers {
+        recycle
+            .send(buffer)
+            .expect("it has room for all and its receiver lives");
+    }
+    for number in 0..threads {
+        let writer = Writer {
+            control: control.clone(),
+            image: image.clone(),
+            tally: tally.clone(),
+            to_write: to_write.clone(),
+            recycle: recycle.clone(),
+        };
+        crew.spawn(&format!("lvp-write-{number}"), move || {
+            give_way();
+            writer.run()
+        })?;
+    }
+    let queue = WriteQueue {
+        filled,
+        free: free.clone(),
+        stop: control.stop_signal().clone(),
+    };
+    Ok((queue, Returned(free)))
+}
+
+struct Writer {
+    control: Arc<Control>,
+    image: Arc<ImageWriter>,
+    tally: Arc<Tally>,
+    to_write: Receiver<Buffer>,
+    recycle: Sender<Buffer>,
+}
+
+impl Writer {
+    /// Ends when nobody fills buffers any more, by the order to stop, or by a failed write.
+    fn run(self) -> Result<(), Halt> {
+        let mut scratch = ChunkScratch::default();
+        loop {
+            let buffer = select! {
+                recv(self.to_write) -> buffer => match buffer {
+                    Ok(buffer) => buffer,
+                    Err(_) => return Ok(()),
+                },
+                recv(self.control.stop_signal()) -> _ => return Err(Halt::Stopped),
+            };
+            buffer.write(&self.image, &mut scratch, &self.tally)?;
+            let written = self.image.bytes_written();
+            self.control
+                .bytes_written
+                .fetch_max(written, Ordering::Relaxed);
+            // Nobody may want it any more: the session keeps the receiver only until its end.
+            self.recycle.send(buffer).ok();
+        }
+    }
+}
