@@ -11,6 +11,7 @@ pub mod domain;
 pub mod guest;
 #[cfg(feature = "cli")]
 pub mod guests;
+pub mod host;
 pub mod kvmstate;
 pub mod machine;
 pub mod page;

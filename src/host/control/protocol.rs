@@ -1,0 +1,142 @@
+//! The messages of the control protocol; docs/control-protocol.md is its reference.
+//!
+//! One JSON object a line. The server speaks first with a [`Greeting`]; then every [`Call`] gets
+//! exactly one [`Reply`] with its id, in order, after any number of [`Progress`] lines.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::host::{CheckpointRequest, CheckpointSummary, ErrorCode, JobProgress, MachineState};
+
+/// The newest protocol version that this build speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The oldest protocol version that this build speaks.
+pub const PROTOCOL_VERSION_MIN: u32 = 1;
+
+/// The longest line, in bytes: domain XML is at most 1 MiB, and JSON escapes may double it.
+pub const LINE_BYTES_MAX: usize = 4 << 20;
+
+/// The first line of a connection, from the server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Greeting {
+    /// Newest protocol version that the server speaks.
+    pub livepoint_control: u32,
+    /// Oldest protocol version that the server speaks.
+    pub livepoint_control_min: u32,
+    /// The server's own version, for people.
+    pub version: String,
+    /// The domain's name.
+    pub name: String,
+    /// The domain's UUID.
+    pub uuid: Uuid,
+    /// The process that runs the domain.
+    pub pid: u32,
+}
+
+/// A request, from the client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// Chosen by the client; comes back in the reply.
+    pub id: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub method: Method,
+}
+
+/// What a client can ask for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "method", content = "params", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Method {
+    /// The domain's state; answered with [`Status`].
+    Status,
+    /// The domain's XML as it runs; answered with a string.
+    DumpXml,
+    /// Stops the vCPUs until `resume`.
+    Pause,
+    /// Undoes `pause`.
+    Resume,
+    /// Presses the ACPI power button.
+    Shutdown,
+    /// Resets the machine, as its reset button would.
+    Reset,
+    /// Ends the machine at once.
+    Destroy,
+    /// Starts a checkpoint; answered with a [`JobStarted`] at once.
+    Checkpoint(CheckpointRequest),
+    /// The current job's progress; answered with a [`JobProgress`].
+    JobProgress(JobId),
+    /// Cancels a job; answered once the cancel is asked for.
+    JobCancel(JobId),
+    /// Waits for a job's end with progress lines meanwhile; answered with a
+    /// [`CheckpointSummary`], or with the job's error.
+    JobWait(JobId),
+}
+
+/// Names a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobId {
+    /// Number of the job within this process, from 1.
+    pub job: u64,
+}
+
+/// The answer to [`Method::Checkpoint`].
+pub type JobStarted = JobId;
+
+/// The answer to [`Method::Status`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The domain's name.
+    pub name: String,
+    /// The domain's UUID.
+    pub uuid: Uuid,
+    /// The process that runs it.
+    pub pid: u32,
+    /// Its state.
+    pub state: MachineState,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Where each serial console can be reached: a pty's or a socket's path.
+    pub consoles: Vec<PathBuf>,
+    /// The job that runs, if any.
+    pub job: Option<JobId>,
+}
+
+/// The answer to a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Reply {
+    /// The call's id.
+    pub id: u64,
+    /// What came of it.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What came of a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It was done; the method says what the value is.
+    Result(serde_json::Value),
+    /// It was not.
+    Error(ErrorReply),
+    /// Not the answer yet: how far a [`Method::JobWait`]'s job is.
+    Progress(JobProgress),
+}
+
+/// Why a call was not done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorReply {
+    /// The kind of error, for programs.
+    pub code: ErrorCode,
+    /// What went wrong, for people: the whole chain of causes.
+    pub message: String,
+}
+
+/// The answer to [`Method::JobWait`].
+pub type JobDone = CheckpointSummary;

@@ -1,0 +1,498 @@
+//! A domain in this process: its definition, its machine, its checkpoints.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::checkpoint::{self, CheckpointOptions, Workspace};
+use crate::domain::{
+    DomainConfig, DomainError, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
+};
+use crate::guest::Guest;
+use crate::host::control::protocol::{JobId, Status};
+use crate::host::convert::machine_spec;
+use crate::host::image::default_threads;
+use crate::host::{
+    CheckpointRequest, EndReason, HostError, Image, Job, MachineState, RuntimeDir, machine_facts,
+};
+use crate::machine::{self, Machine};
+use crate::restore::{compat, eager};
+use crate::store::FileStorage;
+use crate::sys::lock::LockFile;
+
+/// Most threads that read an image: beyond it memory and disk are the limit.
+const RESTORE_THREADS_MAX: usize = 8;
+
+/// A guest that is part of the program: `<kernel>builtin:NAME</kernel>`.
+#[derive(Clone, Copy, Debug)]
+pub struct BuiltinKernel {
+    /// What the XML calls it.
+    pub name: &'static str,
+    /// Its ELF file.
+    pub elf: &'static [u8],
+}
+
+/// What a domain needs of the program that runs it.
+#[derive(Clone, Debug)]
+pub struct DomainOptions {
+    /// Where locks are, and the control socket if there is one.
+    pub runtime: RuntimeDir,
+    /// Guests that are part of the program.
+    pub builtin_kernels: Vec<BuiltinKernel>,
+}
+
+impl DomainOptions {
+    /// Makes options with no built-in guests.
+    pub fn new(runtime: RuntimeDir) -> Self {
+        Self {
+            runtime,
+            builtin_kernels: Vec::new(),
+        }
+    }
+}
+
+/// How an image is restored.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    /// Threads that read and check the image.
+    pub threads: usize,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self {
+            threads: default_threads(RESTORE_THREADS_MAX),
+        }
+    }
+}
+
+/// Changes to a domain's XML.
+#[derive(Clone, Debug, Default)]
+pub struct DomainChanges {
+    /// Another command line for the kernel.
+    pub cmdline: Option<String>,
+    /// Another size of memory.
+    pub memory_bytes: Option<u64>,
+}
+
+/// A domain that this process runs. Every method may be called from any thread.
+///
+/// Dropping it destroys a machine that runs.
+pub struct Domain {
+    config: DomainConfig,
+    options: DomainOptions,
+    inner: Mutex<Inner>,
+    // Buffers that one checkpoint leaves for the next.
+    workspace: Workspace,
+}
+
+struct Inner {
+    machine: Option<Arc<Machine>>,
+    /// Held from the start, or the restore, until the machine ends or starts again.
+    locks: Option<Locks>,
+    jobs: Vec<Job>,
+}
+
+/// What keeps two processes from running one domain.
+struct Locks {
+    _uuid: LockFile,
+    _name: LockFile,
+}
+
+impl fmt::Debug for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Domain")
+            .field("name", &self.name())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Domain {
+    /// Makes a domain from XML. Nothing is allocated or locked until [`Domain::start`].
+    pub fn define(xml: &str, options: DomainOptions) -> Result<Self, HostError> {
+        let (config, notes) = DomainConfig::parse_with_notes(xml).map_err(refused)?;
+        for note in notes {
+            log::info!(
+                "line {}: {}: {}",
+                note.place.line,
+                note.place.element,
+                note.text
+            );
+        }
+        // What the machine cannot do is told now rather than at the start.
+        machine_spec(&config, &options.builtin_kernels)?;
+        Ok(Self::new(config, options, None, None))
+    }
+
+    /// Makes a domain from an image, with its memory filled; [`Domain::start`] lets it run on.
+    ///
+    /// Says what this host lacks before anything is allocated. Blocks while the image is read.
+    pub fn restore(
+        image: &Path,
+        restore: &RestoreOptions,
+        options: DomainOptions,
+    ) -> Result<Self, HostError> {
+        let image = Image::open(image)?;
+        let reader = image.reader();
+        let lacks = compat::check(&reader.manifest().guest.facts, &machine_facts()?);
+        if !lacks.is_empty() {
+            let lacks = lacks.iter().map(ToString::to_string).collect();
+            return Err(HostError::Incompatible(lacks));
+        }
+        let config = parse(&reader.manifest().guest.domain_xml)?;
+        let locks = Locks::acquire(&config, &options.runtime)?;
+        let spec = machine_spec(&config, &options.builtin_kernels)?;
+        let state = reader.sections()?;
+        let unfilled = Machine::build_for_restore(spec)?;
+        let fill = eager::FillOptions {
+            threads: restore.threads,
+            memory_is_fresh: true,
+        };
+        eager::fill(reader, unfilled.regions(), &fill)?;
+        let machine = unfilled.finish(state)?;
+        Ok(Self::new(
+            config,
+            options,
+            Some(Arc::new(machine)),
+            Some(locks),
+        ))
+    }
+
+    fn new(
+        config: DomainConfig,
+        options: DomainOptions,
+        machine: Option<Arc<Machine>>,
+        locks: Option<Locks>,
+    ) -> Self {
+        Self {
+            config,
+            options,
+            inner: Mutex::new(Inner {
+                machine,
+                locks,
+                jobs: Vec::new(),
+            }),
+            workspace: Workspace::default(),
+        }
+    }
+
+    /// Returns the domain's name.
+    pub fn name(&self) -> &str {
+        self.config.name.as_str()
+    }
+
+    /// Returns the domain's UUID.
+    pub fn uuid(&self) -> Uuid {
+        self.config.uuid
+    }
+
+    /// Lets the machine run, or only makes it ready if `paused`. A machine that has ended is made
+    /// anew. Fails where another process runs the domain, and says which.
+    pub fn start(&self, paused: bool) -> Result<(), HostError> {
+        let mut inner = self.lock();
+        let restored = inner
+            .machine
+            .as_ref()
+            .filter(|machine| machine.state() == machine::MachineState::Created)
+            .cloned();
+        if restored.is_none()
+            && inner
+                .machine
+                .as_ref()
+                .is_some_and(|machine| !machine.state().has_ended())
+        {
+            return Err(HostError::State {
+                state: self.state_in(&inner).to_string(),
+                wanted: "it must be shut off to be started",
+            });
+        }
+        if inner.locks.is_none() {
+            inner.locks = Some(Locks::acquire(&self.config, &self.options.runtime)?);
+        }
+        let machine = match restored {
+            Some(machine) => machine,
+            None => {
+                let spec = machine_spec(&self.config, &self.options.builtin_kernels)?;
+                Arc::new(Machine::build(spec)?)
+            }
+        };
+        inner.machine = Some(machine.clone());
+        machine.start(paused)?;
+        Ok(())
+    }
+
+    /// Stops the vCPUs until [`Domain::resume`]; on return none runs.
+    pub fn pause(&self) -> Result<(), HostError> {
+        Ok(self.machine()?.pause_by_user()?)
+    }
+
+    /// Undoes [`Domain::pause`].
+    pub fn resume(&self) -> Result<(), HostError> {
+        Ok(self.machine()?.resume_by_user()?)
+    }
+
+    /// Presses the power button: the guest decides.
+    pub fn shutdown(&self) -> Result<(), HostError> {
+        if !self.machine()?.shutdown()? {
+            log::info!(
+                "domain {}: the guest does not listen to its power button",
+                self.name()
+            );
+        }
+        Ok(())
+    }
+
+    /// Resets the machine, as its reset button would.
+    pub fn reset(&self) -> Result<(), HostError> {
+        Ok(self.machine()?.reset()?)
+    }
+
+    /// Ends the machine at once. A checkpoint that runs fails. Blocks until the vCPUs have ended.
+    pub fn destroy(&self) -> Result<(), HostError> {
+        let machine = self.machine()?;
+        if machine.state().has_ended() {
+            return Err(HostError::State {
+                state: self.state().to_string(),
+                wanted: "it must run to be destroyed",
+            });
+        }
+        machine.destroy();
+        Ok(())
+    }
+
+    /// Returns what the machine is doing.
+    pub fn state(&self) -> MachineState {
+        self.state_in(&self.lock())
+    }
+
+    fn state_in(&self, inner: &Inner) -> MachineState {
+        inner
+            .machine
+            .as_ref()
+            .map_or(MachineState::Created, |machine| (&machine.state()).into())
+    }
+
+    /// Waits until the machine has ended and says how.
+    pub fn wait(&self) -> Result<EndReason, HostError> {
+        let end = self.wait_timeout(None)?;
+        Ok(end.expect("a wait without a limit ends with the machine"))
+    }
+
+    /// Waits until the machine has ended, but no longer than `timeout`; `None` where it still runs
+    /// then.
+    pub fn wait_timeout(&self, timeout: Option<Duration>) -> Result<Option<EndReason>, HostError> {
+        let state = self.machine()?.wait(timeout);
+        let Some(end) = EndReason::of(&state) else {
+            return Ok(None);
+        };
+        // Others may run it now.
+        self.lock().locks = None;
+        Ok(Some(end))
+    }
+
+    /// Returns where each serial console can be reached, for those that have a path.
+    pub fn consoles(&self) -> Vec<PathBuf> {
+        self.lock()
+            .machine
+            .as_ref()
+            .map_or_else(Vec::new, |machine| {
+                machine
+                    .consoles()
+                    .into_iter()
+                    .filter_map(|console| console.path)
+                    .collect()
+            })
+    }
+
+    /// Returns the domain in figures.
+    pub fn status(&self) -> Status {
+        let inner = self.lock();
+        let job = inner.jobs.last().filter(|job| !job.is_done());
+        let job = job.map(|job| JobId { job: job.id() });
+        let state = self.state_in(&inner);
+        drop(inner);
+        Status {
+            name: self.name().to_owned(),
+            uuid: self.uuid(),
+            pid: std::process::id(),
+            state,
+            vcpus: u32::from(self.config.machine.vcpus.count()),
+            memory_bytes: self.config.machine.memory.size().bytes(),
+            consoles: self.consoles(),
+            job,
+        }
+    }
+
+    /// Returns the domain's XML as it runs.
+    pub fn xml(&self) -> String {
+        let inner = self.lock();
+        let Some(machine) = inner
+            .machine
+            .as_ref()
+            .filter(|machine| !machine.state().has_ended())
+        else {
+            return self.config.to_xml(XmlView::Inactive);
+        };
+        let ptys = machine
+            .consoles()
+            .into_iter()
+            .map(|console| HostPath::new(console.path?.to_str()?).ok())
+            .collect();
+        self.config.to_xml(XmlView::Live(&LiveInfo {
+            id: std::process::id(),
+            ptys,
+        }))
+    }
+
+    /// Starts a checkpoint; the domain runs on. One at a time.
+    pub fn start_checkpoint(&self, request: &CheckpointRequest) -> Result<Job, HostError> {
+        let machine = self.machine()?;
+        let out = match &request.out {
+            Some(out) if out.is_absolute() => out.clone(),
+            Some(out) => {
+                let path = out.display();
+                return Err(HostError::Invalid(format!(
+                    "{path} is not an absolute path"
+                )));
+            }
+            None => default_directory(self.name())?,
+        };
+        let mut inner = self.lock();
+        if let Some(job) = inner.jobs.last().filter(|job| !job.is_done()) {
+            return Err(HostError::JobRunning { job: job.id() });
+        }
+        let guest: Arc<dyn Guest> = machine;
+        let options = self.checkpoint_options(request);
+        let started = checkpoint::start(guest, Arc::new(FileStorage), &out, options)?;
+        let id = inner.jobs.last().map_or(1, |job| job.id() + 1);
+        let job = Job::new(id, started);
+        // Only the last job is ever asked for again; older ones would keep their results for ever.
+        inner.jobs = vec![job.clone()];
+        Ok(job)
+    }
+
+    fn checkpoint_options(&self, request: &CheckpointRequest) -> CheckpointOptions {
+        let mut options = CheckpointOptions {
+            protocol: request.protocol,
+            codec: request.codec,
+            durable: request.durable,
+            threads: request.threads.map(|threads| threads.get()),
+            max_staging_bytes: request.max_staging_bytes,
+            workspace: self.workspace.clone(),
+            ..CheckpointOptions::default()
+        };
+        if let Some(ms) = request.interval_ms {
+            options.interval = Duration::from_millis(ms);
+        }
+        if let Some(us) = request.downtime_budget_us {
+            options.downtime_budget = Duration::from_micros(us);
+        }
+        options
+    }
+
+    /// Returns the last job, if it has this number.
+    pub fn job(&self, id: u64) -> Result<Job, HostError> {
+        let inner = self.lock();
+        let found = inner.jobs.iter().find(|job| job.id() == id).cloned();
+        found.ok_or(HostError::NoSuchJob { job: id })
+    }
+
+    /// Returns the name of the domain that `xml` describes.
+    pub fn name_in(xml: &str) -> Result<String, HostError> {
+        Ok(parse(xml)?.name.as_str().to_owned())
+    }
+
+    /// Returns the memory of the domain that `xml` describes, in bytes.
+    pub fn memory_bytes_in(xml: &str) -> Result<u64, HostError> {
+        Ok(parse(xml)?.machine.memory.size().bytes())
+    }
+
+    /// Returns the name and the XML of a domain with `changes`.
+    pub fn changed(xml: &str, changes: &DomainChanges) -> Result<(String, String), HostError> {
+        let mut config = parse(xml)?;
+        let invalid = |error: crate::domain::ValueError| HostError::Invalid(error.to_string());
+        if let Some(cmdline) = &changes.cmdline {
+            config.machine.boot.cmdline = KernelCmdline::new(cmdline).map_err(invalid)?;
+        }
+        if let Some(bytes) = changes.memory_bytes {
+            let size = MemorySize::from_bytes(bytes).map_err(invalid)?;
+            config.machine.memory = config.machine.memory.with_size(size).map_err(invalid)?;
+        }
+        Ok((
+            config.name.as_str().to_owned(),
+            config.to_xml(XmlView::Inactive),
+        ))
+    }
+
+    /// Returns the machine, which must have been started and not have ended.
+    fn machine(&self) -> Result<Arc<Machine>, HostError> {
+        let inner = self.lock();
+        inner.machine.clone().ok_or_else(|| HostError::State {
+            state: MachineState::Created.to_string(),
+            wanted: "it must be started first",
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Every change is one assignment, so a panic leaves nothing half-changed.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        if let Some(machine) = self.lock().machine.take() {
+            machine.destroy();
+        }
+    }
+}
+
+impl Locks {
+    fn acquire(config: &DomainConfig, runtime: &RuntimeDir) -> Result<Self, HostError> {
+        let uuid = LockFile::acquire(
+            &runtime.uuid_lock(config.uuid),
+            &format!("the domain with UUID {}", config.uuid),
+        )?;
+        let name = config.name.as_str();
+        let by_name = LockFile::acquire(
+            &runtime.name_lock(name),
+            &format!("the domain name {name:?}"),
+        )?;
+        Ok(Self {
+            _uuid: uuid,
+            _name: by_name,
+        })
+    }
+}
+
+fn parse(xml: &str) -> Result<DomainConfig, HostError> {
+    DomainConfig::parse(xml).map_err(refused)
+}
+
+fn refused(source: DomainError) -> HostError {
+    HostError::Domain {
+        path: None,
+        source: Box::new(source),
+    }
+}
+
+/// Returns the directory of a domain's own images, and makes it.
+fn default_directory(name: &str) -> Result<PathBuf, HostError> {
+    let base = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/var/lib/livepoint")
+    } else {
+        let home = std::env::home_dir().ok_or_else(|| {
+            let why = "no home directory to keep images in: say where to write";
+            HostError::Invalid(why.to_owned())
+        })?;
+        home.join(".local/state/livepoint")
+    };
+    let dir = base.join("checkpoints").join(name);
+    std::fs::create_dir_all(&dir)
+        .map_err(|source| HostError::path("make the directory of images", &dir, source))?;
+    Ok(dir)
+}

@@ -1,0 +1,278 @@
+//! What can go wrong at the facade, with a code for programs.
+
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::CheckpointError;
+use crate::domain::DomainError;
+use crate::guest::GuestError;
+use crate::machine::MachineError;
+use crate::restore::eager::FillError as RestoreError;
+use crate::store::StoreError;
+use crate::sys::lock::LockError;
+
+/// The kind of an error: what a program can react to. The message says the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ErrorCode {
+    /// An argument, a domain XML or a call is malformed.
+    Invalid,
+    /// What was asked for is not supported (yet).
+    Unsupported,
+    /// No such domain, job or file.
+    NotFound,
+    /// The domain's state does not allow it.
+    State,
+    /// Somebody else uses the domain, image or file.
+    Busy,
+    /// A device, kernel feature or permission is missing on this host.
+    Host,
+    /// A system call on a file or socket failed.
+    Io,
+    /// An image is damaged or not an image.
+    Corrupt,
+    /// The image needs what this host lacks.
+    Incompatible,
+    /// The work was cancelled.
+    Cancelled,
+    /// Something took longer than it may.
+    Timeout,
+    /// A bug in livepoint.
+    Internal,
+}
+
+/// What went wrong at the facade.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostError {
+    /// An argument is malformed.
+    #[error("{0}")]
+    Invalid(String),
+    /// It is understood, and not supported yet.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A file or directory could not be used.
+    #[error("could not {action} {}", path.display())]
+    Path {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The domain XML is refused.
+    #[error("{}", match path { Some(path) => format!("{}", path.display()), None => "domain XML".to_owned() })]
+    Domain {
+        /// The file it came from, if any.
+        path: Option<PathBuf>,
+        /// Why, with line and element.
+        #[source]
+        source: Box<DomainError>,
+    },
+    /// The machine could not be built or driven.
+    #[error(transparent)]
+    Machine(Box<MachineError>),
+    /// The checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The image could not be used.
+    #[error(transparent)]
+    Store(Box<StoreError>),
+    /// The image could not be restored.
+    #[error(transparent)]
+    Restore(Box<RestoreError>),
+    /// The domain, its name or its UUID is in use.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The domain's state does not allow it.
+    #[error("the domain is {state}: {wanted}")]
+    State {
+        /// The state that it is in.
+        state: String,
+        /// What would be needed.
+        wanted: &'static str,
+    },
+    /// A checkpoint of the domain runs already.
+    #[error("checkpoint job {job} of this domain still runs; wait for it or cancel it")]
+    JobRunning {
+        /// Its number.
+        job: u64,
+    },
+    /// No job has this number.
+    #[error("there is no job {job}")]
+    NoSuchJob {
+        /// The number asked for.
+        job: u64,
+    },
+    /// No process runs the domain.
+    #[error("no domain {name:?} is running")]
+    NotRunning {
+        /// The name asked for.
+        name: String,
+    },
+    /// This host lacks what an image needs.
+    #[error("this host cannot run the image: {}", .0.join("; "))]
+    Incompatible(Vec<String>),
+    /// The domain's process sent something that is not of the protocol.
+    #[error("the domain's control socket: {0}")]
+    Protocol(String),
+    /// The connection to the domain's process broke.
+    #[error("the connection to the domain's process broke")]
+    Connection {
+        /// How.
+        #[source]
+        source: io::Error,
+    },
+    /// The domain's process refused or failed.
+    #[error("{message}")]
+    Remote {
+        /// The kind of error.
+        code: ErrorCode,
+        /// The process's own words.
+        message: String,
+    },
+}
+
+// Boxed, so that every result of the facade stays small.
+impl From<MachineError> for HostError {
+    fn from(error: MachineError) -> Self {
+        Self::Machine(Box::new(error))
+    }
+}
+
+impl From<StoreError> for HostError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Box::new(error))
+    }
+}
+
+impl From<RestoreError> for HostError {
+    fn from(error: RestoreError) -> Self {
+        Self::Restore(Box::new(error))
+    }
+}
+
+impl HostError {
+    /// Makes an error about a path.
+    pub fn path(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Path {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// Returns the kind of the error.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Invalid(_) => ErrorCode::Invalid,
+            Self::JobRunning { .. } => ErrorCode::Busy,
+            Self::NotRunning { .. } | Self::NoSuchJob { .. } => ErrorCode::NotFound,
+            Self::Unsupported(_) => ErrorCode::Unsupported,
+            Self::Path { source, .. } | Self::Connection { source } => io_code(source),
+            Self::Domain { source, .. } if source.is_unsupported() => ErrorCode::Unsupported,
+            Self::Domain { .. } => ErrorCode::Invalid,
+            Self::Machine(error) => machine_code(error),
+            Self::Checkpoint(error) => checkpoint_code(error),
+            Self::Store(error) => store_code(error),
+            Self::Restore(error) => match &**error {
+                RestoreError::Layout { .. } => ErrorCode::Corrupt,
+                RestoreError::Store(error) => store_code(error),
+            },
+            Self::Lock(LockError::Held { .. }) => ErrorCode::Busy,
+            Self::Lock(LockError::Io { source, .. }) => io_code(source),
+            Self::State { .. } => ErrorCode::State,
+            Self::Incompatible(_) => ErrorCode::Incompatible,
+            Self::Protocol(_) => ErrorCode::Internal,
+            Self::Remote { code, .. } => *code,
+        }
+    }
+
+    /// Names the file that a refused domain came from.
+    pub fn in_file(self, file: &Path) -> Self {
+        match self {
+            Self::Domain { source, .. } => Self::Domain {
+                path: Some(file.to_owned()),
+                source,
+            },
+            other => other,
+        }
+    }
+
+    /// Returns the error and its causes as one line.
+    pub fn full_message(&self) -> String {
+        let mut message = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            message.push_str(": ");
+            message.push_str(&error.to_string());
+            cause = error.source();
+        }
+        message
+    }
+}
+
+fn io_code(error: &io::Error) -> ErrorCode {
+    match error.kind() {
+        io::ErrorKind::NotFound => ErrorCode::NotFound,
+        _ => ErrorCode::Io,
+    }
+}
+
+fn machine_code(error: &MachineError) -> ErrorCode {
+    match error {
+        MachineError::NoKvm { .. }
+        | MachineError::MissingCapability { .. }
+        | MachineError::Kvm { .. }
+        | MachineError::Thread(_)
+        | MachineError::Memory(_)
+        | MachineError::Cpuid(_) => ErrorCode::Host,
+        MachineError::Spec { .. } | MachineError::NothingToBoot | MachineError::Boot(_) => {
+            ErrorCode::Invalid
+        }
+        MachineError::OtherMachine { .. } | MachineError::State(_) => ErrorCode::Corrupt,
+        MachineError::Serial { .. } => ErrorCode::Io,
+        MachineError::KvmState(_) => ErrorCode::Incompatible,
+        MachineError::WrongState(_) => ErrorCode::State,
+        MachineError::Gate(_) | MachineError::Drain(_) => ErrorCode::Timeout,
+    }
+}
+
+fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
+    match error {
+        CheckpointError::Cancelled => ErrorCode::Cancelled,
+        CheckpointError::Busy => ErrorCode::Busy,
+        CheckpointError::InvalidOption { .. } => ErrorCode::Invalid,
+        CheckpointError::Guest { source, .. } => match &**source {
+            GuestError::State { .. } => ErrorCode::State,
+            GuestError::Gate(_) | GuestError::Drain { .. } => ErrorCode::Timeout,
+            GuestError::NotCheckpointable { .. } => ErrorCode::Unsupported,
+            GuestError::Save { .. } => ErrorCode::Host,
+        },
+        CheckpointError::Store { source, .. } => store_code(source),
+        CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,
+        CheckpointError::PauseExpired { .. } => ErrorCode::Timeout,
+        CheckpointError::Panicked { .. } => ErrorCode::Internal,
+    }
+}
+
+fn store_code(error: &StoreError) -> ErrorCode {
+    match error {
+        StoreError::Io { source, .. } => io_code(source),
+        StoreError::Damaged { .. } | StoreError::State { .. } => ErrorCode::Corrupt,
+        StoreError::InUse { .. } => ErrorCode::Busy,
+        StoreError::EmptyChain { .. } => ErrorCode::NotFound,
+        StoreError::NotReplaceable { .. } => ErrorCode::Invalid,
+        StoreError::NoSpace { .. } => ErrorCode::Io,
+        StoreError::Unwritable { .. }
+        | StoreError::OutsideRegions { .. }
+        | StoreError::Uncovered { .. }
+        | StoreError::Incomplete { .. } => ErrorCode::Internal,
+    }
+}

@@ -1,0 +1,34 @@
+//! The facade that every edge uses: define, start, checkpoint, restore, jobs, images.
+//!
+//! Edges (command, C ABI, daemons) see only what this module defines or re-exports.
+
+pub mod control;
+mod convert;
+mod domain;
+mod error;
+mod image;
+mod job;
+mod request;
+mod runtime;
+
+use crate::kvmstate;
+use crate::machine::{self, MachineError};
+
+pub use crate::checkpoint::Protocol;
+pub use crate::store::{Codec, ImageSummary, VerifyReport};
+pub use crate::sys::termination::TerminationSignals;
+pub use domain::{BuiltinKernel, Domain, DomainChanges, DomainOptions, RestoreOptions};
+pub use error::{ErrorCode, HostError};
+pub use image::Image;
+pub use job::Job;
+pub use request::{
+    CheckpointRequest, CheckpointSummary, EndReason, Figures, JobProgress, MachineState,
+    ThreadCount,
+};
+pub use runtime::RuntimeDir;
+
+/// Returns what this host offers to machines.
+fn machine_facts() -> Result<crate::state::HostFacts, HostError> {
+    let kvm = machine::open_kvm()?;
+    Ok(kvmstate::host_facts(&kvm).map_err(MachineError::from)?)
+}

@@ -1,0 +1,306 @@
+//! What a caller asks for, and what comes back: plain data, the same for every edge.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::checkpoint::{self, Protocol, Report, Statistics};
+use crate::host::HostError;
+use crate::machine::{self, ShutoffReason};
+use crate::store::Codec;
+
+/// Most threads that copy and write memory: beyond it memory and disk are the limit.
+const THREADS_MAX: usize = 64;
+
+/// A number of threads: from 1 to 64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "usize", into = "usize")]
+pub struct ThreadCount(usize);
+
+impl ThreadCount {
+    /// Checks a number of threads.
+    pub fn new(count: usize) -> Result<Self, HostError> {
+        if (1..=THREADS_MAX).contains(&count) {
+            Ok(Self(count))
+        } else {
+            Err(HostError::Invalid(format!(
+                "{count} threads: from 1 to {THREADS_MAX} are allowed"
+            )))
+        }
+    }
+
+    /// Returns the number.
+    pub fn get(self) -> usize {
+        self.0
+    }
+}
+
+impl TryFrom<usize> for ThreadCount {
+    type Error = HostError;
+
+    fn try_from(count: usize) -> Result<Self, HostError> {
+        Self::new(count)
+    }
+}
+
+impl From<ThreadCount> for usize {
+    fn from(count: ThreadCount) -> Self {
+        count.0
+    }
+}
+
+/// A checkpoint, as it is asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct CheckpointRequest {
+    /// How to capture memory.
+    pub protocol: Protocol,
+    /// Absolute path of the image file, or of a directory that an image is added to; the
+    /// domain's own directory where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub out: Option<PathBuf>,
+    /// How to compress memory, as users write it: `none`, `lz4`, `zstd:3`.
+    #[serde(default = "default_codec", with = "codec_text")]
+    pub codec: Codec,
+    /// Threads that copy and write memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<ThreadCount>,
+    /// Milliseconds between two harvests of dirty pages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
+    /// Most bytes of memory for staged copies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_staging_bytes: Option<u64>,
+    /// Microseconds that the last copy in the pause should take at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_budget_us: Option<u64>,
+    /// Whether to wait until the image is on stable storage.
+    #[serde(default = "default_durable")]
+    pub durable: bool,
+}
+
+/// Codecs travel as the text that users write.
+mod codec_text {
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use crate::store::Codec;
+
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes fields by reference"
+    )]
+    pub(super) fn serialize<S: Serializer>(codec: &Codec, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(codec)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Codec, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+fn default_codec() -> Codec {
+    Codec::Lz4
+}
+
+fn default_durable() -> bool {
+    true
+}
+
+impl CheckpointRequest {
+    /// Makes a request with every default.
+    pub fn new(protocol: Protocol) -> Self {
+        Self {
+            protocol,
+            out: None,
+            codec: default_codec(),
+            threads: None,
+            interval_ms: None,
+            max_staging_bytes: None,
+            downtime_budget_us: None,
+            durable: default_durable(),
+        }
+    }
+}
+
+/// A checkpoint that is complete.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointSummary {
+    /// Path of the image file.
+    pub image: PathBuf,
+    /// Its size in bytes.
+    pub image_bytes: u64,
+    /// Its own UUID.
+    pub image_uuid: Uuid,
+    /// How memory was captured.
+    pub protocol: Protocol,
+    /// What it cost, in the figures that every version reports.
+    pub figures: Figures,
+    /// Everything that this version measured.
+    pub statistics: serde_json::Value,
+}
+
+/// What a checkpoint cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Microseconds in which no vCPU ran, from the first kick to the last resume.
+    pub downtime_us: u64,
+    /// Microseconds from the start until the image was committed.
+    pub total_us: u64,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Most bytes of memory that staged copies took.
+    pub staging_peak_bytes: u64,
+    /// Staged pages that were written early, since staging was full.
+    pub spilled_pages: u64,
+    /// Pages that were all zeros, and take no room.
+    pub zero_pages: u64,
+}
+
+impl From<&Statistics> for Figures {
+    fn from(statistics: &Statistics) -> Self {
+        Self {
+            downtime_us: statistics.downtime.total_us,
+            total_us: statistics.total_us,
+            memory_bytes: statistics.memory_bytes,
+            staging_peak_bytes: statistics.staging.peak_bytes,
+            spilled_pages: statistics.staging.spilled_pages,
+            zero_pages: statistics.written.zero_pages,
+        }
+    }
+}
+
+impl From<Report> for CheckpointSummary {
+    fn from(report: Report) -> Self {
+        let statistics = &*report.statistics;
+        Self {
+            figures: Figures::from(statistics),
+            protocol: statistics.protocol,
+            statistics: serde_json::to_value(statistics)
+                .expect("our own statistics are plain data with string keys"),
+            image: report.image.path,
+            image_bytes: report.image.image_bytes,
+            image_uuid: report.image.image_uuid,
+        }
+    }
+}
+
+/// How far a job is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobProgress {
+    /// What it is doing: one word, for people.
+    pub phase: String,
+    /// Bytes of guest memory that the scan has passed.
+    pub scanned_bytes: u64,
+    /// Bytes of guest memory in all.
+    pub total_bytes: u64,
+    /// Bytes written to the image so far.
+    pub bytes_written: u64,
+    /// Expected milliseconds to the end of the scan, where they can be told.
+    pub eta_ms: Option<u64>,
+}
+
+impl From<checkpoint::Progress> for JobProgress {
+    fn from(progress: checkpoint::Progress) -> Self {
+        Self {
+            phase: progress.phase.to_string(),
+            scanned_bytes: progress.scanned_bytes,
+            total_bytes: progress.memory_bytes,
+            bytes_written: progress.written_bytes,
+            eta_ms: progress
+                .eta
+                .and_then(|eta| u64::try_from(eta.as_millis()).ok()),
+        }
+    }
+}
+
+/// What a domain's machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineState {
+    /// Defined, and never started.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are held by its user.
+    Paused,
+    /// It has ended.
+    Shutoff,
+    /// It has ended by a fault of the guest.
+    Crashed,
+}
+
+impl From<&machine::MachineState> for MachineState {
+    fn from(state: &machine::MachineState) -> Self {
+        match state {
+            machine::MachineState::Created => Self::Created,
+            machine::MachineState::Running => Self::Running,
+            machine::MachineState::Paused => Self::Paused,
+            machine::MachineState::Shutoff {
+                reason: ShutoffReason::Crashed(_),
+            }
+            | machine::MachineState::Crashed { .. } => Self::Crashed,
+            machine::MachineState::Shutoff { .. } => Self::Shutoff,
+        }
+    }
+}
+
+/// How a machine has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// By itself, or by its user; says which.
+    Shutoff(String),
+    /// By a fault of the guest or of the host; says which.
+    Crashed(String),
+}
+
+impl EndReason {
+    /// Returns how a machine in `state` has ended, if it has.
+    pub(super) fn of(state: &machine::MachineState) -> Option<Self> {
+        match state {
+            machine::MachineState::Shutoff { reason } => Some(match reason {
+                ShutoffReason::Crashed(_) | ShutoffReason::Failed(_) => {
+                    Self::Crashed(reason.to_string())
+                }
+                _ => Self::Shutoff(reason.to_string()),
+            }),
+            machine::MachineState::Crashed { reason } => Some(Self::Crashed(reason.clone())),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for MachineState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "not started",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutoff => "shut off",
+            Self::Crashed => "crashed",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_takes_its_defaults_from_json_that_names_only_the_protocol() {
+        let request: CheckpointRequest = serde_json::from_str(r#"{"protocol":"stop"}"#).unwrap();
+        assert_eq!(request.protocol, Protocol::Stop);
+        assert_eq!(request.codec, Codec::Lz4);
+        assert!(request.durable);
+    }
+
+    #[test]
+    fn no_threads_and_too_many_are_refused_in_json_too() {
+        for threads in ["0", "65"] {
+            let json = format!(r#"{{"protocol":"stop","threads":{threads}}}"#);
+            assert!(serde_json::from_str::<CheckpointRequest>(&json).is_err());
+        }
+    }
+}
