@@ -7,6 +7,8 @@
 //! facade that every edge (CLI, C ABI) uses. `docs/architecture.md` is the map.
 
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod domain;
 pub mod guest;
 #[cfg(feature = "cli")]

@@ -1,2 +1,5 @@
-//! livepoint
-fn main() {}
+//! The `livepoint` command.
+
+fn main() -> std::process::ExitCode {
+    livepoint::cli::main()
+}

@@ -1,0 +1,259 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::host::{Protocol, RuntimeDir};
+
+/// Runs KVM virtual machines and saves them while they keep running.
+#[derive(Debug, Parser)]
+#[command(name = "livepoint", version, about, long_about = None)]
+pub(super) struct Arguments {
+    /// Print one JSON object on stdout instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Directory of control sockets [default: /run/livepoint, or the user's own].
+    #[arg(long, global = true, value_name = "DIR", env = "LIVEPOINT_RUNTIME_DIR")]
+    runtime_dir: Option<PathBuf>,
+
+    /// Say more on stderr; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+impl Arguments {
+    pub fn log_level(&self) -> log::LevelFilter {
+        match self.verbose {
+            0 => log::LevelFilter::Warn,
+            1 => log::LevelFilter::Info,
+            _ => log::LevelFilter::Debug,
+        }
+    }
+
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.runtime_dir
+            .clone()
+            .unwrap_or_else(RuntimeDir::default_path)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Runs the virtual machine that a domain XML file describes.
+    Run(RunArgs),
+    /// Saves a running domain while it keeps running.
+    Checkpoint(CheckpointArgs),
+    /// Runs a virtual machine from an image.
+    Restore(RestoreArgs),
+    /// Lists the running domains.
+    List,
+    /// Shows one running domain.
+    Status(NameArg),
+    /// Prints a running domain's XML.
+    Dumpxml(NameArg),
+    /// Stops a domain's vCPUs until `resume`.
+    Pause(NameArg),
+    /// Lets a paused domain run on.
+    Resume(NameArg),
+    /// Presses a domain's power button.
+    Shutdown(NameArg),
+    /// Resets a domain, as its reset button would.
+    Reset(NameArg),
+    /// Ends a domain at once, as pulling its plug would.
+    Destroy(NameArg),
+    /// Shows what an image holds; reads its manifest only.
+    Inspect(InspectArgs),
+    /// Checks every digest of an image.
+    Verify(ImageArg),
+    /// Lists the guests that are built in, or writes them to a directory.
+    Guests(GuestsArgs),
+    /// Checkpoints a running computation live, kills it, restores it, and compares protocols.
+    Demo(DemoArgs),
+    /// Measures the downtime of each protocol on this machine.
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Domain XML file.
+    pub xml: PathBuf,
+    /// Do not let the vCPUs start; `resume` does.
+    #[arg(long)]
+    pub paused: bool,
+    /// Return once the domain runs, and leave it running in the background.
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// Image file, or a directory: then its newest image.
+    pub image: PathBuf,
+    /// Do not let the vCPUs start; `resume` does.
+    #[arg(long)]
+    pub paused: bool,
+    /// Return once the domain runs, and leave it running in the background.
+    #[arg(long)]
+    pub detach: bool,
+    /// Threads that read and check the image [default: one a core, 8 at most].
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NameArg {
+    /// Name of the domain.
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImageArg {
+    /// Image file, or a directory: then its newest image.
+    pub image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// Image file, or a directory: then its newest image.
+    pub image: PathBuf,
+    /// Print the whole manifest, as JSON.
+    #[arg(long)]
+    pub manifest: bool,
+    /// Say what this host lacks to run the image.
+    #[arg(long)]
+    pub check_host: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckpointArgs {
+    /// Name of the domain.
+    pub name: String,
+    /// How to capture memory.
+    #[arg(long, value_enum, default_value_t = ProtocolArg::Threaded)]
+    pub protocol: ProtocolArg,
+    /// Image file to write, or a directory to add an image to
+    /// [default: a directory of the domain's own below /var/lib/livepoint/checkpoints].
+    #[arg(long, value_name = "PATH")]
+    pub out: Option<PathBuf>,
+    /// Compression of the memory: none, lz4, or zstd with an optional level (zstd:3).
+    #[arg(long, default_value = "lz4")]
+    pub codec: String,
+    /// Threads that copy and write memory [default: one a core, 8 at most].
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Milliseconds between two harvests of dirty pages (threaded).
+    #[arg(long, value_name = "MS")]
+    pub interval: Option<u64>,
+    /// Most memory for staged copies, as in 512M [default: 10 % of the guest's, 64 MiB at least].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_staging: Option<u64>,
+    /// Microseconds that the last copy in the pause should take at most (threaded).
+    #[arg(long, value_name = "US")]
+    pub downtime_budget: Option<u64>,
+    /// Do not wait until the image is on stable storage: a power cut may lose it.
+    #[arg(long)]
+    pub no_sync: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ProtocolArg {
+    /// Pause, write everything, resume: the traditional way.
+    Stop,
+    /// Copy while the guest runs; pause only for the last dirty pages.
+    Threaded,
+}
+
+impl From<ProtocolArg> for Protocol {
+    fn from(arg: ProtocolArg) -> Self {
+        match arg {
+            ProtocolArg::Stop => Self::Stop,
+            ProtocolArg::Threaded => Self::Threaded,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GuestsArgs {
+    /// Write each as an ELF file into this directory.
+    #[arg(long, value_name = "DIR")]
+    pub extract: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArgs {
+    /// Domain XML file to run [default: the NPB guest, MG, 1 GiB].
+    #[arg(long, value_name = "FILE")]
+    pub domain: Option<PathBuf>,
+    /// NPB kernel to compute.
+    #[arg(long, default_value = "mg")]
+    pub kernel: String,
+    /// NPB problem class: S, W, A or B.
+    #[arg(long, default_value = "B")]
+    pub class: String,
+    /// Runs of the kernel, one after the other in one guest.
+    #[arg(long)]
+    pub repeat: Option<u32>,
+    /// Directory for the images [default: a temporary one, removed at the end].
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// Directory for the images: its disk is what is measured.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub images: PathBuf,
+    /// Guest memory.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G")]
+    pub memory: u64,
+    /// Share of memory that the guest rewrites all the time, in percent.
+    #[arg(long, default_value_t = 10)]
+    pub working_set: u32,
+    /// Checkpoints of each protocol.
+    #[arg(long, default_value_t = 10)]
+    pub runs: u32,
+}
+
+/// Parses a size in bytes with an optional binary suffix: K, M, G or T.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.chars().last().map(|last| last.to_ascii_uppercase()) {
+        Some('K') => (&text[..text.len() - 1], 10),
+        Some('M') => (&text[..text.len() - 1], 20),
+        Some('G') => (&text[..text.len() - 1], 30),
+        Some('T') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is not a size such as 512M"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text:?} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_take_binary_suffixes() {
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("64m"), Ok(64 << 20));
+        assert_eq!(parse_size("2G"), Ok(2 << 30));
+        assert!(parse_size("").is_err());
+        assert!(parse_size("G").is_err());
+        assert!(parse_size("1X").is_err());
+        assert!(parse_size("99999999999T").is_err());
+    }
+}

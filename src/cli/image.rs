@@ -1,0 +1,103 @@
+//! Subcommands that read images and built-in guests.
+
+use std::fs;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::Context;
+use super::args::{GuestsArgs, ImageArg, InspectArgs};
+use super::output::{bytes, table};
+use crate::guests;
+use crate::host::Image;
+
+pub(super) fn inspect(context: &Context, args: &InspectArgs) -> anyhow::Result<()> {
+    let image = Image::open(&args.image)?;
+    if args.check_host {
+        let lacks = image.host_lacks()?;
+        context.output.print(&lacks, |lacks| {
+            if lacks.is_empty() {
+                "This host can run the image.".to_owned()
+            } else {
+                format!("This host cannot run the image:\n  {}", lacks.join("\n  "))
+            }
+        });
+        return Ok(());
+    }
+    if args.manifest {
+        context.output.line(image.manifest_json());
+        return Ok(());
+    }
+    context.output.print(&image.summary(), |summary| {
+        format!(
+            "Image:    {} ({})\nDomain:   {} ({})\nTaken:    {}\nProtocol: {}\nMemory:   {}, {} \
+             vCPUs\nData:     {} in {} chunks\nRoot:     {}",
+            summary.image_uuid,
+            bytes(summary.image_bytes),
+            summary.name,
+            summary.guest_uuid,
+            summary.created,
+            summary.protocol,
+            bytes(summary.memory_bytes),
+            summary.vcpu_count,
+            bytes(summary.stored_bytes),
+            summary.chunks.none + summary.chunks.lz4 + summary.chunks.zstd,
+            summary.root_digest,
+        )
+    });
+    Ok(())
+}
+
+pub(super) fn verify(context: &Context, args: &ImageArg) -> anyhow::Result<ExitCode> {
+    let report = Image::open(&args.image)?.verify()?;
+    context.output.print(&report, |report| {
+        format!(
+            "{}: whole: every digest holds ({} chunks, {})",
+            args.image.display(),
+            report.chunk_count,
+            bytes(report.image_bytes)
+        )
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct GuestRow {
+    name: &'static str,
+    about: &'static str,
+    elf_bytes: usize,
+}
+
+pub(super) fn guests(context: &Context, args: &GuestsArgs) -> anyhow::Result<()> {
+    if let Some(dir) = &args.extract {
+        fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+        for guest in guests::ALL {
+            let path = dir.join(format!("{}.elf", guest.name));
+            fs::write(&path, guest.elf)
+                .with_context(|| format!("could not write {}", path.display()))?;
+        }
+    }
+    let rows: Vec<_> = guests::ALL
+        .iter()
+        .map(|guest| GuestRow {
+            name: guest.name,
+            about: guest.about,
+            elf_bytes: guest.elf.len(),
+        })
+        .collect();
+    context.output.print(&rows, |rows| {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|row| {
+                vec![
+                    row.name.to_owned(),
+                    row.about.to_owned(),
+                    row.elf_bytes.to_string(),
+                ]
+            })
+            .collect();
+        table(&["Guest", "What it does", "ELF bytes"], &rows)
+    });
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! `run` and `restore`: this process runs the virtual machine, or starts one that does.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::Context;
+use super::args::{RestoreArgs, RunArgs};
+use super::output::duration;
+use crate::guests;
+use crate::host::control::{ControlClient, ControlServer};
+use crate::host::{
+    BuiltinKernel, Domain, DomainOptions, EndReason, Image, RestoreOptions, RuntimeDir,
+    TerminationSignals,
+};
+
+/// How long a detached domain may take until its control socket answers: restoring tens of
+/// gigabytes from a slow disk takes minutes.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How often a detached domain's control socket is tried.
+const DETACH_POLL: Duration = Duration::from_millis(5);
+
+/// Most bytes of a failed worker's log that are shown.
+const LOG_TAIL_BYTES: usize = 2000;
+
+#[derive(Serialize)]
+struct Started {
+    name: String,
+    uuid: Uuid,
+    pid: u32,
+    consoles: Vec<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    restore_us: Option<u64>,
+}
+
+pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let xml = fs::read_to_string(&args.xml)
+        .with_context(|| format!("could not read {}", args.xml.display()))?;
+    let options = domain_options(context)?;
+    if args.detach {
+        let name = Domain::name_in(&xml).map_err(|error| error.in_file(&args.xml))?;
+        let mut again = vec!["run".into(), args.xml.clone().into_os_string()];
+        args.paused.then(|| again.push("--paused".into()));
+        return detach(context, &name, again);
+    }
+    let signals = TerminationSignals::block().context("could not block signals")?;
+    let domain = Domain::define(&xml, options).map_err(|error| error.in_file(&args.xml))?;
+    let domain = Arc::new(domain);
+    domain.start(args.paused)?;
+    serve(context, &domain, None, &signals)
+}
+
+pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<ExitCode> {
+    if args.detach {
+        let name = Image::open(&args.image)?.name().to_owned();
+        let mut again = vec!["restore".into(), args.image.clone().into_os_string()];
+        args.paused.then(|| again.push("--paused".into()));
+        if let Some(threads) = args.threads {
+            again.extend(["--threads".into(), threads.to_string().into()]);
+        }
+        return detach(context, &name, again);
+    }
+    let signals = TerminationSignals::block().context("could not block signals")?;
+    let start = Instant::now();
+    let mut options = RestoreOptions::default();
+    options.threads = args.threads.unwrap_or(options.threads);
+    let domain = Arc::new(Domain::restore(
+        &args.image,
+        &options,
+        domain_options(context)?,
+    )?);
+    domain.start(args.paused)?;
+    serve(context, &domain, Some(start.elapsed()), &signals)
+}
+
+fn domain_options(context: &Context) -> anyhow::Result<DomainOptions> {
+    let mut options = DomainOptions::new(context.runtime()?);
+    options.builtin_kernels = guests::ALL
+        .iter()
+        .map(|guest| BuiltinKernel {
+            name: guest.name,
+            elf: guest.elf,
+        })
+        .collect();
+    Ok(options)
+}
+
+/// Serves the control socket until the domain ends.
+fn serve(
+    context: &Context,
+    domain: &Arc<Domain>,
+    restored_in: Option<Duration>,
+    signals: &TerminationSignals,
+) -> anyhow::Result<ExitCode> {
+    let socket = context.runtime()?.socket(domain.name())?;
+    let server = ControlServer::start(domain.clone(), &socket)?;
+    let status = domain.status();
+    let started = Started {
+        name: status.name,
+        uuid: status.uuid,
+        pid: status.pid,
+        consoles: status.consoles,
+        restore_us: restored_in.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+    };
+    announce(context, &started);
+    {
+        let domain = domain.clone();
+        signals.on_signal(move || {
+            log::warn!("asked to end: destroying the domain");
+            // An error means that it has ended already.
+            drop(domain.destroy());
+        })?;
+    }
+    let end = domain.wait()?;
+    drop(server);
+    Ok(match end {
+        EndReason::Crashed(why) => {
+            eprintln!("livepoint: domain {}: {why}", domain.name());
+            ExitCode::FAILURE
+        }
+        EndReason::Shutoff(why) => {
+            log::info!("domain {}: {why}", domain.name());
+            ExitCode::SUCCESS
+        }
+    })
+}
+
+/// Says that the domain runs; on stderr, since stdout may be the guest's console.
+fn announce(context: &Context, started: &Started) {
+    if context.output.is_json() {
+        context.output.print(started, |_| String::new());
+        return;
+    }
+    let restored = started
+        .restore_us
+        .map(|us| format!(" (restored in {})", duration(Duration::from_micros(us))))
+        .unwrap_or_default();
+    eprintln!(
+        "Domain {} runs in process {}{restored}",
+        started.name, started.pid
+    );
+    for console in &started.consoles {
+        eprintln!("Serial console at {}", console.display());
+    }
+}
+
+/// Starts this program again in the background, and waits until the domain answers.
+fn detach(
+    context: &Context,
+    name: &str,
+    args: Vec<std::ffi::OsString>,
+) -> anyhow::Result<ExitCode> {
+    let runtime = context.runtime()?;
+    let log = runtime.path().join(format!("{name}.log"));
+    let log_file =
+        File::create(&log).with_context(|| format!("could not write {}", log.display()))?;
+    let program = std::env::current_exe().context("could not find this program's own file")?;
+    let mut child = std::process::Command::new(program)
+        .arg("--runtime-dir")
+        .arg(&context.runtime_dir)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(log_file.try_clone()?)
+        .stderr(log_file)
+        // A terminal's signals are not for the domain.
+        .process_group(0)
+        .spawn()
+        .context("could not start the domain's process")?;
+    let mut client = wait_for(&runtime, name, &mut child, &log)?;
+    let status = client.status()?;
+    let started = Started {
+        name: status.name,
+        uuid: status.uuid,
+        pid: status.pid,
+        consoles: status.consoles,
+        restore_us: None,
+    };
+    context.output.print(&started, |started| {
+        let mut text = format!("Domain {} runs in process {}", started.name, started.pid);
+        for console in &started.consoles {
+            text += &format!("\nSerial console at {}", console.display());
+        }
+        text
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn wait_for(
+    runtime: &RuntimeDir,
+    name: &str,
+    child: &mut Child,
+    log: &Path,
+) -> anyhow::Result<ControlClient> {
+    let start = Instant::now();
+    loop {
+        if let Ok(client) = ControlClient::connect(runtime, name)
+            && client.greeting().pid == child.id()
+        {
+            return Ok(client);
+        }
+        if let Some(status) = child.try_wait()? {
+            let said = fs::read_to_string(log).unwrap_or_default();
+            let tail = said
+                .get(said.len().saturating_sub(LOG_TAIL_BYTES)..)
+                .unwrap_or(&said);
+            bail!("the domain's process ended with {status}: {}", tail.trim());
+        }
+        if start.elapsed() > DETACH_TIMEOUT {
+            bail!(
+                "process {} did not answer for {} s; its log is {}",
+                child.id(),
+                DETACH_TIMEOUT.as_secs(),
+                log.display()
+            );
+        }
+        std::thread::sleep(DETACH_POLL);
+    }
+}

@@ -1,0 +1,232 @@
+//! The oracle on KVM: a live checkpoint restores to exactly the memory of its pause.
+//!
+//! The page writer runs at full speed; in the pause of each checkpoint the test copies all of
+//! memory for itself. The image, restored into fresh memory, must equal that copy page by page,
+//! and must by the guest's own page numbers be of a single moment.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod common;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::pagewriter::assert_single_moment;
+use common::{have_kvm, long, wait_line};
+use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Workspace};
+use livepoint::guest::{Guest, MemoryRegion};
+use livepoint::guests;
+use livepoint::machine::Machine;
+use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::page::PAGE_BYTES;
+use livepoint::restore::eager;
+use livepoint::store::{FileStorage, ImageReader};
+use livepoint::sys::anon;
+
+const MIB: u64 = 1 << 20;
+
+/// Pages that are compared at once.
+const COMPARE_BYTES: usize = 1 << 20;
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    memory_mib: u64,
+    working_set_percent: u32,
+    vcpus: u32,
+    pages: &'static str,
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for memory_mib in [512, 1024] {
+        for working_set_percent in [10, 50, 90] {
+            for vcpus in [1, 2] {
+                for pages in ["2m", "4k"] {
+                    cases.push(Case {
+                        memory_mib,
+                        working_set_percent,
+                        vcpus,
+                        pages,
+                    });
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// Memory of the same layout as a guest's, of the test's own.
+fn shadow(regions: &[MemoryRegion]) -> Vec<MemoryRegion> {
+    regions
+        .iter()
+        .map(|region| MemoryRegion {
+            mapping: anon::map_anonymous(region.mapping.len(), true).unwrap(),
+            ..region.clone()
+        })
+        .collect()
+}
+
+fn assert_same_memory(got: &[MemoryRegion], want: &[MemoryRegion]) {
+    let (mut a, mut b) = (vec![0_u8; COMPARE_BYTES], vec![0_u8; COMPARE_BYTES]);
+    for (got, want) in got.iter().zip(want) {
+        for offset in (0..got.mapping.len()).step_by(COMPARE_BYTES) {
+            let len = COMPARE_BYTES.min(got.mapping.len() - offset);
+            got.mapping.copy_out(offset, &mut a[..len]);
+            want.mapping.copy_out(offset, &mut b[..len]);
+            if a[..len] != b[..len] {
+                let byte = a[..len]
+                    .iter()
+                    .zip(&b[..len])
+                    .position(|(a, b)| a != b)
+                    .unwrap();
+                let gpa = got.start.gpa() + (offset + byte) as u64;
+                panic!("page {:#x} is not as it was in the pause", gpa >> 12);
+            }
+        }
+    }
+}
+
+fn read_page(regions: &[MemoryRegion], gpa: u64, out: &mut [u8]) {
+    let region = regions
+        .iter()
+        .find(|region| (region.start.gpa()..region.run().end().gpa()).contains(&gpa))
+        .unwrap_or_else(|| panic!("{gpa:#x} is in no region"));
+    let offset = usize::try_from(gpa - region.start.gpa()).unwrap();
+    region.mapping.copy_out(offset, &mut out[..PAGE_BYTES]);
+}
+
+fn start(case: Case, console: &Path) -> Arc<Machine> {
+    let elf = guests::find("pagewriter").unwrap().elf;
+    let kernel = Source::Bytes {
+        name: "pagewriter".to_owned(),
+        bytes: elf.into(),
+    };
+    let cmdline = format!(
+        "ws_percent={} vcpus={} pages={} pattern=random write=page fill=incompressible tick_ms=0",
+        case.working_set_percent, case.vcpus, case.pages
+    );
+    let boot = BootSpec {
+        kernel,
+        initrd: None,
+        cmdline,
+    };
+    let mut spec = MachineSpec::new(case.memory_mib * MIB, Some(boot));
+    spec.cpu.vcpu_count = case.vcpus;
+    spec.memory.preallocate = true;
+    let backend = SerialBackend::File {
+        path: console.to_owned(),
+        append: false,
+    };
+    spec.serials.push(SerialSpec { port: 0, backend });
+    let machine = Arc::new(Machine::build(spec).unwrap());
+    machine.start(false).unwrap();
+    wait_line(console, Duration::from_secs(120), |line| {
+        line.starts_with("pagewriter: ready")
+    });
+    machine
+}
+
+/// Memory of the test's own, made once for guests of one size: fresh memory is slow to touch.
+struct Shadows {
+    memory_mib: u64,
+    /// What the guest's memory was in the pause.
+    copy: Arc<Vec<MemoryRegion>>,
+    /// What the image restores to.
+    restored: Vec<MemoryRegion>,
+    workspace: Workspace,
+}
+
+impl Shadows {
+    fn of(machine: &Machine, case: Case) -> Self {
+        let copy = shadow(machine.regions());
+        for region in &copy {
+            anon::populate(&region.mapping, 0, region.mapping.len()).unwrap();
+        }
+        Self {
+            memory_mib: case.memory_mib,
+            copy: Arc::new(copy),
+            restored: shadow(machine.regions()),
+            workspace: Workspace::default(),
+        }
+    }
+}
+
+/// Takes `count` checkpoints of one run and compares each.
+fn check(case: Case, count: u32, dir: &Path, kept: &mut Option<Shadows>) {
+    let console = dir.join("console");
+    let machine = start(case, &console);
+    let fitting = kept
+        .take()
+        .filter(|kept| kept.memory_mib == case.memory_mib);
+    let shadows = kept.insert(fitting.unwrap_or_else(|| Shadows::of(&machine, case)));
+    let (copy, restored) = (&shadows.copy, &shadows.restored);
+    for round in 0..count {
+        let path = dir.join("image.lpi");
+        let hooked = Arc::new(Mutex::new(0));
+        let mut options = CheckpointOptions::default();
+        options.protocol = Protocol::Threaded;
+        options.durable = false;
+        options.workspace = shadows.workspace.clone();
+        // The copy for the test takes its time, inside the pause.
+        options.pause_limit = Duration::from_secs(30);
+        let (into, calls) = (copy.clone(), hooked.clone());
+        options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
+            *calls.lock().unwrap() += 1;
+            for (from, to) in guest.regions().iter().zip(into.iter()) {
+                from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
+            }
+        }));
+        let job =
+            checkpoint::start(machine.clone(), Arc::new(FileStorage), &path, options).unwrap();
+        let report = job
+            .wait()
+            .unwrap_or_else(|error| panic!("{case:?} round {round}: {error}"));
+        assert_eq!(*hooked.lock().unwrap(), 1);
+        let reader = ImageReader::open(&FileStorage, &path).unwrap();
+        let fill = eager::FillOptions {
+            threads: 2,
+            memory_is_fresh: false,
+        };
+        eager::fill(&reader, restored, &fill).unwrap();
+        assert_same_memory(restored, copy);
+        let seen = assert_single_moment(|gpa, out| read_page(restored, gpa, out), 61);
+        assert!(
+            seen.working_set_pages > 0 && seen.fill_pages > 0,
+            "{seen:?}"
+        );
+        drop(reader);
+        println!(
+            "{case:?} round {round}: downtime {} us, {} pages harvested in {} rounds, {} spilled",
+            report.statistics.downtime.total_us,
+            report.statistics.dirty_pages,
+            report.statistics.round_count,
+            report.statistics.staging.spilled_pages
+        );
+    }
+    machine.destroy();
+}
+
+#[test]
+fn threaded_checkpoints_restore_to_exactly_the_memory_at_the_pause() {
+    if !have_kvm() {
+        return;
+    }
+    let count = if long() { 5 } else { 1 };
+    let mut taken = 0;
+    let mut shadows = None;
+    // The short form has every case of the smaller memory, and two of the larger one.
+    let of_short_form = |case: &Case| {
+        case.memory_mib == 512
+            || (case.pages == "4k") == (case.vcpus == 2) && case.working_set_percent == 10
+    };
+    for case in cases()
+        .into_iter()
+        .filter(|case| long() || of_short_form(case))
+    {
+        let dir = tempfile::tempdir().unwrap();
+        check(case, count, dir.path(), &mut shadows);
+        taken += count;
+    }
+    println!("{taken} checkpoints compared");
+    assert!(taken >= 14);
+}
