@@ -6,6 +6,7 @@
 //! `store` keeps the image, `restore` brings it back. `host` is the
 //! facade that every edge (CLI, C ABI) uses. `docs/architecture.md` is the map.
 
+pub mod capi;
 pub mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -1,0 +1,71 @@
+//! The C ABI; `include/livepoint.h` is generated from here by cbindgen.
+//!
+//! Rules: opaque handles; out-parameters are written only on success; every option struct starts
+//! with `struct_size`; no panic crosses; nothing global is installed (no logger, no handler, no
+//! environment variable is read); threads that the library starts have every signal blocked.
+#![expect(
+    unsafe_code,
+    reason = "C hands us raw pointers, whose contracts the header states"
+)]
+#![expect(non_camel_case_types, reason = "the names are C's")]
+
+mod job;
+mod machine;
+mod options;
+mod status;
+mod version;
+
+pub use job::*;
+pub use machine::*;
+pub use options::*;
+pub use status::*;
+pub use version::*;
+
+use std::ffi::{CStr, c_char};
+
+use status::Failure;
+
+/// Reads a C string argument.
+///
+/// # Safety
+/// `text` is null or points to a zero-terminated string that stays unchanged for `'a`.
+unsafe fn str_argument<'a>(text: *const c_char, name: &str) -> Result<&'a str, Failure> {
+    if text.is_null() {
+        return Err(Failure::invalid(format!("{name} is NULL")));
+    }
+    // SAFETY: not null, so by the contract a zero-terminated string.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str()
+        .map_err(|_| Failure::invalid(format!("{name} is not UTF-8")))
+}
+
+/// Borrows what a handle points to.
+///
+/// # Safety
+/// `handle` is null or came from this library and has not been freed.
+unsafe fn handle<'a, T>(handle: *const T, name: &str) -> Result<&'a T, Failure> {
+    // SAFETY: by the contract; handles are shared, never exclusively borrowed.
+    unsafe { handle.as_ref() }.ok_or_else(|| Failure::invalid(format!("{name} is NULL")))
+}
+
+/// Writes an out-parameter.
+///
+/// # Safety
+/// `out` is null or valid for one write.
+unsafe fn write_out<T>(out: *mut T, value: T, name: &str) -> Result<(), Failure> {
+    if out.is_null() {
+        return Err(Failure::invalid(format!("{name} is NULL")));
+    }
+    // SAFETY: not null, so by the contract writable; `write` drops nothing that was there.
+    unsafe { out.write(value) };
+    Ok(())
+}
+
+/// Fails when an out-parameter is NULL, before anything is done that it should receive.
+fn check_out<T>(out: *const T, name: &str) -> Result<(), Failure> {
+    if out.is_null() {
+        Err(Failure::invalid(format!("{name} is NULL")))
+    } else {
+        Ok(())
+    }
+}

@@ -1,0 +1,247 @@
+//! Option structs: extensible by `struct_size`.
+
+use std::ffi::c_char;
+use std::mem::size_of;
+use std::path::PathBuf;
+use std::ptr;
+use std::slice;
+
+use super::status::Failure;
+use super::str_argument;
+use crate::host::{CheckpointRequest, Codec, Protocol, ThreadCount};
+
+/// Longest options struct that a caller may pass: far beyond any this library will have, so that
+/// an uninitialised size is refused rather than read.
+const OPTIONS_BYTES_MAX: usize = 4096;
+
+/// A plain struct whose first member is its size, and whose zero bytes mean "default".
+///
+/// # Safety
+/// `repr(C)`, every bit pattern is valid, the first member is `struct_size: usize`, and there is
+/// no padding after the members of the first release.
+pub(super) unsafe trait Options: Copy {
+    /// The struct's size in the first release that had it.
+    const SIZE_FIRST: usize;
+    /// Every member at its default.
+    const DEFAULT: Self;
+}
+
+/// Reads the caller's options; members that it does not know keep their defaults.
+///
+/// # Safety
+/// `options` is null or points to `options->struct_size` readable bytes.
+pub(super) unsafe fn read<T: Options>(options: *const T) -> Result<T, Failure> {
+    let mut known = T::DEFAULT;
+    if options.is_null() {
+        return Ok(known);
+    }
+    // SAFETY: not null; the size member is first and readable by the contract.
+    let size = unsafe { options.cast::<usize>().read_unaligned() };
+    if size < T::SIZE_FIRST || size > OPTIONS_BYTES_MAX {
+        return Err(Failure::invalid(format!(
+            "struct_size is {size}: set it to sizeof the options struct before the call"
+        )));
+    }
+    let shared = size.min(size_of::<T>());
+    // SAFETY: both sides are valid for `shared` bytes; `known` is ours, so they do not overlap.
+    unsafe {
+        ptr::copy_nonoverlapping(
+            options.cast::<u8>(),
+            ptr::from_mut(&mut known).cast(),
+            shared,
+        );
+    }
+    // SAFETY: `shared` is at most `size`, and `size` bytes are readable by the contract.
+    let tail_start = unsafe { options.cast::<u8>().add(shared) };
+    // SAFETY: the rest of the caller's `size` bytes.
+    let tail = unsafe { slice::from_raw_parts(tail_start, size - shared) };
+    // A newer caller may pass members that we do not know only if it leaves them zero.
+    if tail.iter().any(|&byte| byte != 0) {
+        return Err(Failure::invalid(
+            "an option is set that this version of the library does not know",
+        ));
+    }
+    Ok(known)
+}
+
+/// How memory is captured. 0 stands for the default.
+pub type lvp_protocol = u32;
+/// The default: LVP_PROTOCOL_THREADED.
+pub const LVP_PROTOCOL_DEFAULT: lvp_protocol = 0;
+/// Pause, write everything, resume: the traditional way.
+pub const LVP_PROTOCOL_STOP: lvp_protocol = 1;
+/// Copy while the guest runs; pause only for the last dirty pages.
+pub const LVP_PROTOCOL_THREADED: lvp_protocol = 2;
+
+/// How memory is compressed. 0 stands for the default.
+pub type lvp_codec = u32;
+/// The default: LVP_CODEC_LZ4.
+pub const LVP_CODEC_DEFAULT: lvp_codec = 0;
+/// Not at all.
+pub const LVP_CODEC_NONE: lvp_codec = 1;
+/// By lz4: fast.
+pub const LVP_CODEC_LZ4: lvp_codec = 2;
+/// By zstd at level 1: smaller.
+pub const LVP_CODEC_ZSTD: lvp_codec = 3;
+
+/// Options of a checkpoint. Zero the struct, set struct_size, then what you care about.
+///
+/// Since: 0.1
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct lvp_checkpoint_options {
+    /// sizeof(lvp_checkpoint_options), as the caller was compiled.
+    pub struct_size: usize,
+    /// How to capture memory.
+    pub protocol: lvp_protocol,
+    /// How to compress it.
+    pub codec: lvp_codec,
+    /// Threads that copy and write memory; 0: one a core, 8 at most.
+    pub threads: u32,
+    /// Milliseconds between two harvests of dirty pages; 0: the default, 100.
+    pub interval_ms: u32,
+    /// Most bytes of memory for staged copies; 0: 10 % of the guest's, 64 MiB at least.
+    pub max_staging_bytes: u64,
+    /// Microseconds that the last copy in the pause should take at most; 0: the default.
+    pub downtime_budget_us: u64,
+    /// Not 0: do not wait until the image is on stable storage; a power cut may lose it.
+    pub no_sync: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 bytes follow
+// it with no padding.
+unsafe impl Options for lvp_checkpoint_options {
+    const SIZE_FIRST: usize = 48;
+    const DEFAULT: Self = Self {
+        struct_size: size_of::<Self>(),
+        protocol: LVP_PROTOCOL_DEFAULT,
+        codec: LVP_CODEC_DEFAULT,
+        threads: 0,
+        interval_ms: 0,
+        max_staging_bytes: 0,
+        downtime_budget_us: 0,
+        no_sync: 0,
+        reserved: 0,
+    };
+}
+
+impl lvp_checkpoint_options {
+    pub(super) fn to_request(self) -> Result<CheckpointRequest, Failure> {
+        let protocol = match self.protocol {
+            LVP_PROTOCOL_DEFAULT | LVP_PROTOCOL_THREADED => Protocol::Threaded,
+            LVP_PROTOCOL_STOP => Protocol::Stop,
+            other => return Err(Failure::invalid(format!("there is no protocol {other}"))),
+        };
+        if self.reserved != 0 {
+            return Err(Failure::invalid("reserved must be 0"));
+        }
+        let mut request = CheckpointRequest::new(protocol);
+        request.codec = match self.codec {
+            LVP_CODEC_DEFAULT | LVP_CODEC_LZ4 => Codec::Lz4,
+            LVP_CODEC_NONE => Codec::None,
+            LVP_CODEC_ZSTD => Codec::Zstd { level: 1 },
+            other => return Err(Failure::invalid(format!("there is no codec {other}"))),
+        };
+        if self.threads != 0 {
+            request.threads = Some(ThreadCount::new(self.threads as usize)?);
+        }
+        request.interval_ms = (self.interval_ms != 0).then_some(u64::from(self.interval_ms));
+        request.max_staging_bytes = (self.max_staging_bytes != 0).then_some(self.max_staging_bytes);
+        request.downtime_budget_us =
+            (self.downtime_budget_us != 0).then_some(self.downtime_budget_us);
+        request.durable = self.no_sync == 0;
+        Ok(request)
+    }
+}
+
+/// Options of a machine. Zero the struct, set struct_size, then what you care about.
+///
+/// Since: 0.1
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct lvp_machine_options {
+    /// sizeof(lvp_machine_options), as the caller was compiled.
+    pub struct_size: usize,
+    /// Directory of the locks that keep two processes from running one machine; NULL: the
+    /// default, which the livepoint command uses too. Borrowed for the call.
+    pub runtime_dir: *const c_char,
+}
+
+// SAFETY: `repr(C)`, an integer and a pointer; `struct_size` is first; no padding.
+unsafe impl Options for lvp_machine_options {
+    const SIZE_FIRST: usize = 16;
+    const DEFAULT: Self = Self {
+        struct_size: size_of::<Self>(),
+        runtime_dir: ptr::null(),
+    };
+}
+
+impl lvp_machine_options {
+    /// Returns the runtime directory asked for.
+    ///
+    /// # Safety
+    /// `runtime_dir` is null or a zero-terminated string.
+    pub(super) unsafe fn runtime_path(&self) -> Result<Option<PathBuf>, Failure> {
+        if self.runtime_dir.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: by the function's contract.
+        let path = unsafe { str_argument(self.runtime_dir, "runtime_dir") }?;
+        Ok(Some(PathBuf::from(path)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const _: () = assert!(size_of::<lvp_checkpoint_options>() >= 48);
+
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Newer {
+        known: lvp_checkpoint_options,
+        added: u64,
+    }
+
+    fn newer(added: u64) -> Newer {
+        let mut known = lvp_checkpoint_options::DEFAULT;
+        known.struct_size = size_of::<Newer>();
+        known.threads = 3;
+        Newer { known, added }
+    }
+
+    #[test]
+    fn a_newer_caller_is_understood_if_it_sets_nothing_new() {
+        let old = newer(0);
+        // SAFETY: `struct_size` is the size of the whole `Newer`.
+        let read_old = unsafe { read(ptr::from_ref(&old).cast::<lvp_checkpoint_options>()) };
+        assert_eq!(read_old.unwrap().threads, 3);
+        let new = newer(1);
+        // SAFETY: as above.
+        let read_new = unsafe { read(ptr::from_ref(&new).cast::<lvp_checkpoint_options>()) };
+        assert!(read_new.is_err());
+    }
+
+    #[test]
+    fn a_size_that_was_never_set_is_refused() {
+        for size in [0, 1, 40, usize::MAX] {
+            let mut options = lvp_checkpoint_options::DEFAULT;
+            options.struct_size = size;
+            // SAFETY: a size that is too large is refused before anything behind it is read.
+            assert!(unsafe { read(&raw const options) }.is_err(), "{size}");
+        }
+    }
+
+    #[test]
+    fn unknown_values_are_refused() {
+        let mut options = lvp_checkpoint_options::DEFAULT;
+        options.protocol = 99;
+        assert!(options.to_request().is_err());
+        let mut options = lvp_checkpoint_options::DEFAULT;
+        options.codec = 99;
+        assert!(options.to_request().is_err());
+    }
+}
