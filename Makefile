@@ -1,0 +1,81 @@
+# The one task runner. On a fresh Debian 12 with Rust and root (or sudo):
+#   make demo   the main story, with a table at the end
+#   make test   every test, in its short form
+
+PREFIX  ?= /usr/local
+LIBDIR  ?= $(PREFIX)/lib
+DESTDIR ?=
+CARGO   ?= cargo
+
+VERSION   := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+SOVERSION := 0
+TARGET    := $(or $(CARGO_TARGET_DIR),target)
+SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# Guests are C; the C tests run under valgrind as well.
+PACKAGES_BUILD := gcc libc6-dev binutils
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind
+
+# Installs the Debian packages in $(1) that are missing, and says so.
+define need
+@missing=; for package in $(1); do \
+	dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
+		|| missing="$$missing $$package"; \
+done; \
+if [ -n "$$missing" ]; then \
+	echo "Installing Debian packages:$$missing"; \
+	$(SUDO) apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+fi
+endef
+
+.PHONY: help build demo test test-long lint bench header install setup setup-test clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup:
+	$(call need,$(PACKAGES_BUILD))
+
+setup-test:
+	$(call need,$(PACKAGES_TEST))
+
+build: setup ## the library and the command, optimised
+	$(CARGO) build --release
+
+demo: build ## checkpoint a running VM, kill it, restore it; ends with a table
+	$(TARGET)/release/livepoint demo
+
+test: setup-test ## every test, in its short form
+	CARGO="$(CARGO)" tests/run
+
+test-long: setup-test ## the long forms: soaks, thousands of cases
+	CARGO="$(CARGO)" LIVEPOINT_LONG=1 tests/run
+
+lint: setup ## formatting, clippy, and the header against the source
+	$(CARGO) fmt --check
+	$(CARGO) clippy --quiet --all-targets -- -D warnings
+	$(CARGO) clippy --quiet --lib --no-default-features -- -D warnings
+
+bench: build ## downtime of each protocol on this machine, as Markdown and JSON
+	$(TARGET)/release/livepoint bench
+
+header: ## copies the generated C header to include/
+	$(CARGO) build --release --lib
+	cp "$$(ls -t $(TARGET)/release/build/livepoint-*/out/livepoint.h | head -n 1)" include/livepoint.h
+
+install: build ## into $(DESTDIR)$(PREFIX)
+	install -Dm755 $(TARGET)/release/livepoint $(DESTDIR)$(PREFIX)/bin/livepoint
+	install -Dm755 $(TARGET)/release/liblivepoint.so $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(VERSION)
+	ln -sf liblivepoint.so.$(VERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(SOVERSION)
+	ln -sf liblivepoint.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so
+	install -Dm644 include/livepoint.h $(DESTDIR)$(PREFIX)/include/livepoint.h
+	install -d $(DESTDIR)$(LIBDIR)/pkgconfig
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
+		packaging/livepoint.pc.in > $(DESTDIR)$(LIBDIR)/pkgconfig/livepoint.pc
+	install -d $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples
+	install -m644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs/*.md $(DESTDIR)$(PREFIX)/share/doc/livepoint/
+	cp -r examples/. $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples/
+
+clean:
+	$(CARGO) clean
