@@ -2,13 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 
 use super::console_log::ConsoleLog;
+use super::worker::wait_for;
 use crate::host::control::ControlClient;
 use crate::host::{CheckpointRequest, CheckpointSummary, Domain, DomainChanges, RuntimeDir};
 
@@ -54,7 +55,7 @@ impl VmProcess {
             .stderr(create(&errors)?)
             .spawn()
             .context("could not start a process for the virtual machine")?;
-        match connect(&runtime, name, &mut child, &errors) {
+        match wait_for(&runtime, name, &mut child, &errors, START_TIMEOUT) {
             Ok(client) => Ok(Self {
                 child,
                 client,
@@ -128,31 +129,4 @@ fn end(child: &mut Child) {
 
 fn create(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("could not write {}", path.display()))
-}
-
-fn connect(
-    runtime: &RuntimeDir,
-    name: &str,
-    child: &mut Child,
-    errors: &PathBuf,
-) -> anyhow::Result<ControlClient> {
-    let start = Instant::now();
-    loop {
-        if let Ok(client) = ControlClient::connect(runtime, name)
-            && client.greeting().pid == child.id()
-        {
-            return Ok(client);
-        }
-        if let Some(status) = child.try_wait()? {
-            let said = fs::read_to_string(errors).unwrap_or_default();
-            bail!(
-                "the virtual machine's process ended with {status}: {}",
-                said.trim()
-            );
-        }
-        if start.elapsed() > START_TIMEOUT {
-            bail!("process {} did not answer", child.id());
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }

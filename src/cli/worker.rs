@@ -13,8 +13,9 @@ use uuid::Uuid;
 
 use super::Context;
 use super::args::{RestoreArgs, RunArgs};
-use super::output::duration;
+use super::output::micros;
 use crate::guests;
+use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
     BuiltinKernel, Domain, DomainOptions, EndReason, Image, RestoreOptions, RuntimeDir,
@@ -25,8 +26,8 @@ use crate::host::{
 /// gigabytes from a slow disk takes minutes.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How often a detached domain's control socket is tried.
-const DETACH_POLL: Duration = Duration::from_millis(5);
+/// How often a domain's control socket is tried until it answers.
+const ANSWER_POLL: Duration = Duration::from_millis(5);
 
 /// Most bytes of a failed worker's log that are shown.
 const LOG_TAIL_BYTES: usize = 2000;
@@ -39,6 +40,29 @@ struct Started {
     consoles: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     restore_us: Option<u64>,
+}
+
+impl Started {
+    fn new(status: Status, restored_in: Option<Duration>) -> Self {
+        Self {
+            name: status.name,
+            uuid: status.uuid,
+            pid: status.pid,
+            consoles: status.consoles,
+            restore_us: restored_in.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!("Domain {} runs in process {}", self.name, self.pid);
+        if let Some(us) = self.restore_us {
+            text += &format!(" (restored in {})", micros(us));
+        }
+        for console in &self.consoles {
+            text += &format!("\nSerial console at {}", console.display());
+        }
+        text
+    }
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode> {
@@ -102,14 +126,7 @@ fn serve(
 ) -> anyhow::Result<ExitCode> {
     let socket = context.runtime()?.socket(domain.name())?;
     let server = ControlServer::start(domain.clone(), &socket)?;
-    let status = domain.status();
-    let started = Started {
-        name: status.name,
-        uuid: status.uuid,
-        pid: status.pid,
-        consoles: status.consoles,
-        restore_us: restored_in.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
-    };
+    let started = Started::new(domain.status(), restored_in);
     announce(context, &started);
     {
         let domain = domain.clone();
@@ -139,17 +156,7 @@ fn announce(context: &Context, started: &Started) {
         context.output.print(started, |_| String::new());
         return;
     }
-    let restored = started
-        .restore_us
-        .map(|us| format!(" (restored in {})", duration(Duration::from_micros(us))))
-        .unwrap_or_default();
-    eprintln!(
-        "Domain {} runs in process {}{restored}",
-        started.name, started.pid
-    );
-    for console in &started.consoles {
-        eprintln!("Serial console at {}", console.display());
-    }
+    eprintln!("{}", started.text());
 }
 
 /// Starts this program again in the background, and waits until the domain answers.
@@ -174,30 +181,19 @@ fn detach(
         .process_group(0)
         .spawn()
         .context("could not start the domain's process")?;
-    let mut client = wait_for(&runtime, name, &mut child, &log)?;
-    let status = client.status()?;
-    let started = Started {
-        name: status.name,
-        uuid: status.uuid,
-        pid: status.pid,
-        consoles: status.consoles,
-        restore_us: None,
-    };
-    context.output.print(&started, |started| {
-        let mut text = format!("Domain {} runs in process {}", started.name, started.pid);
-        for console in &started.consoles {
-            text += &format!("\nSerial console at {}", console.display());
-        }
-        text
-    });
+    let mut client = wait_for(&runtime, name, &mut child, &log, DETACH_TIMEOUT)?;
+    let started = Started::new(client.status()?, None);
+    context.output.print(&started, Started::text);
     Ok(ExitCode::SUCCESS)
 }
 
-fn wait_for(
+/// Waits until the process `child`, whose errors go to `log`, answers for the domain `name`.
+pub(super) fn wait_for(
     runtime: &RuntimeDir,
     name: &str,
     child: &mut Child,
     log: &Path,
+    timeout: Duration,
 ) -> anyhow::Result<ControlClient> {
     let start = Instant::now();
     loop {
@@ -213,14 +209,14 @@ fn wait_for(
                 .unwrap_or(&said);
             bail!("the domain's process ended with {status}: {}", tail.trim());
         }
-        if start.elapsed() > DETACH_TIMEOUT {
+        if start.elapsed() > timeout {
             bail!(
                 "process {} did not answer for {} s; its log is {}",
                 child.id(),
-                DETACH_TIMEOUT.as_secs(),
+                timeout.as_secs(),
                 log.display()
             );
         }
-        std::thread::sleep(DETACH_POLL);
+        std::thread::sleep(ANSWER_POLL);
     }
 }
