@@ -122,6 +122,10 @@ typedef struct {
    * Must be 0.
    */
   uint32_t reserved;
+  /**
+   * Most bytes a second that are written to the image; 0: no limit. At least 1 MiB.
+   */
+  uint64_t max_bandwidth;
 } lvp_checkpoint_options;
 
 /**

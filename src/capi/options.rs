@@ -108,10 +108,12 @@ pub struct lvp_checkpoint_options {
     pub no_sync: u32,
     /// Must be 0.
     pub reserved: u32,
+    /// Most bytes a second that are written to the image; 0: no limit. At least 1 MiB.
+    pub max_bandwidth: u64,
 }
 
-// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 bytes follow
-// it with no padding.
+// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 + 8 bytes
+// follow it with no padding.
 unsafe impl Options for lvp_checkpoint_options {
     const SIZE_FIRST: usize = 48;
     const DEFAULT: Self = Self {
@@ -124,6 +126,7 @@ unsafe impl Options for lvp_checkpoint_options {
         downtime_budget_us: 0,
         no_sync: 0,
         reserved: 0,
+        max_bandwidth: 0,
     };
 }
 
@@ -149,6 +152,7 @@ impl lvp_checkpoint_options {
         }
         request.interval_ms = (self.interval_ms != 0).then_some(u64::from(self.interval_ms));
         request.max_staging_bytes = (self.max_staging_bytes != 0).then_some(self.max_staging_bytes);
+        request.max_bandwidth = (self.max_bandwidth != 0).then_some(self.max_bandwidth);
         request.downtime_budget_us =
             (self.downtime_budget_us != 0).then_some(self.downtime_budget_us);
         request.durable = self.no_sync == 0;

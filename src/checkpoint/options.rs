@@ -25,6 +25,9 @@ const PAUSE_LIMIT_MIN: Duration = Duration::from_millis(10);
 /// The longest watch over a pause.
 const PAUSE_LIMIT_MAX: Duration = Duration::from_secs(60);
 
+/// The lowest cap on bandwidth: below it a checkpoint of any guest takes hours.
+const BANDWIDTH_MIN: u64 = 1 << 20;
+
 /// The smallest staging table.
 const STAGING_BYTES_MIN: u64 = 16 * PAGE_BYTES as u64;
 
@@ -42,6 +45,9 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    /// Every protocol.
+    pub const ALL: [Self; 2] = [Self::Stop, Self::Threaded];
+
     /// Returns the protocol's name, as users write it.
     pub fn name(self) -> &'static str {
         match self {
@@ -61,7 +67,7 @@ impl FromStr for Protocol {
     type Err = CheckpointError;
 
     fn from_str(text: &str) -> Result<Self, CheckpointError> {
-        [Self::Stop, Self::Threaded]
+        Self::ALL
             .into_iter()
             .find(|protocol| protocol.name() == text)
             .ok_or_else(|| CheckpointError::InvalidOption {
@@ -95,6 +101,8 @@ pub struct CheckpointOptions {
     /// The most memory between capture and disk; `None` takes 10 % of the guest's memory, at
     /// least 64 MiB.
     pub max_staging_bytes: Option<u64>,
+    /// The most bytes a second that are written to the image; `None` for as many as it takes.
+    pub max_bandwidth: Option<u64>,
     /// The watchdog resumes the guest, and fails the checkpoint, when a pause shows no sign of
     /// life for this long.
     pub pause_limit: Duration,
@@ -118,6 +126,7 @@ impl Default for CheckpointOptions {
             interval: Duration::from_millis(100),
             downtime_budget: Duration::from_millis(3),
             max_staging_bytes: None,
+            max_bandwidth: None,
             pause_limit: Duration::from_secs(1),
             check_space: true,
             at_pause: None,
@@ -136,6 +145,7 @@ impl fmt::Debug for CheckpointOptions {
             .field("interval", &self.interval)
             .field("downtime_budget", &self.downtime_budget)
             .field("max_staging_bytes", &self.max_staging_bytes)
+            .field("max_bandwidth", &self.max_bandwidth)
             .field("pause_limit", &self.pause_limit)
             .finish_non_exhaustive()
     }
@@ -170,6 +180,9 @@ impl CheckpointOptions {
         {
             return invalid("max_staging_bytes", bytes.to_string(), "64 KiB or more");
         }
+        if let Some(rate) = self.max_bandwidth.filter(|&rate| rate < BANDWIDTH_MIN) {
+            return invalid("max_bandwidth", rate.to_string(), "1 MiB/s or more");
+        }
         Ok(())
     }
 }
@@ -182,7 +195,7 @@ mod tests {
     fn defaults_are_valid_and_values_out_of_bounds_are_named() {
         CheckpointOptions::default().validate().unwrap();
         type Change = fn(&mut CheckpointOptions);
-        let wrong: [(&str, Change); 5] = [
+        let wrong: [(&str, Change); 6] = [
             ("threads", |options| options.threads = Some(0)),
             ("threads", |options| options.threads = Some(THREADS_MAX + 1)),
             ("interval", |options| options.interval = Duration::MAX),
@@ -192,6 +205,7 @@ mod tests {
             ("max_staging_bytes", |options| {
                 options.max_staging_bytes = Some(1);
             }),
+            ("max_bandwidth", |options| options.max_bandwidth = Some(0)),
         ];
         for (name, change) in wrong {
             let mut options = CheckpointOptions::default();
@@ -203,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_protocol_is_read_back_from_its_name() {
-        for protocol in [Protocol::Stop, Protocol::Threaded] {
+        for protocol in Protocol::ALL {
             assert_eq!(protocol.to_string().parse::<Protocol>().unwrap(), protocol);
         }
         assert!("fast".parse::<Protocol>().is_err());

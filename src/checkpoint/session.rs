@@ -30,7 +30,8 @@ use crate::guest::Guest;
 use crate::page::PAGE_BYTES;
 use crate::state::StateSection;
 use crate::store::{
-    CommittedImage, ImageWriter, ManifestFacts, Storage, WriteOptions, estimate_bytes,
+    CommittedImage, ImageWriter, LimitedStorage, ManifestFacts, Storage, WriteOptions,
+    estimate_bytes,
 };
 use crate::sys::sigmask::SignalsBlocked;
 
@@ -217,6 +218,10 @@ impl Session {
         storage: Arc<dyn Storage>,
         path: PathBuf,
     ) -> Result<ImageWriter, Halt> {
+        let storage = match self.options.max_bandwidth {
+            Some(rate) => Arc::new(LimitedStorage::new(storage, rate)),
+            None => storage,
+        };
         let storage = Arc::new(GatedStorage::new(storage, self.control.gate.clone()));
         let regions = self.layout.for_image();
         let expected_bytes = self.options.check_space.then(|| {

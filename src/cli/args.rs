@@ -152,6 +152,9 @@ pub(super) struct CheckpointArgs {
     /// Most memory for staged copies, as in 512M [default: 10 % of the guest's, 64 MiB at least].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_staging: Option<u64>,
+    /// Most bytes a second to write to the image, as in 200M [default: no limit].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_bandwidth: Option<u64>,
     /// Microseconds that the last copy in the pause should take at most (threaded).
     #[arg(long, value_name = "US")]
     pub downtime_budget: Option<u64>,

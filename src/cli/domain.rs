@@ -121,6 +121,7 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.threads = args.threads.map(ThreadCount::new).transpose()?;
     request.interval_ms = args.interval;
     request.max_staging_bytes = args.max_staging;
+    request.max_bandwidth = args.max_bandwidth;
     request.downtime_budget_us = args.downtime_budget;
     request.durable = !args.no_sync;
     Ok(request)

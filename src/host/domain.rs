@@ -382,6 +382,7 @@ impl Domain {
             durable: request.durable,
             threads: request.threads.map(|threads| threads.get()),
             max_staging_bytes: request.max_staging_bytes,
+            max_bandwidth: request.max_bandwidth,
             workspace: self.workspace.clone(),
             ..CheckpointOptions::default()
         };

@@ -73,6 +73,9 @@ pub struct CheckpointRequest {
     /// Most bytes of memory for staged copies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_staging_bytes: Option<u64>,
+    /// Most bytes a second that are written to the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bandwidth: Option<u64>,
     /// Microseconds that the last copy in the pause should take at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_budget_us: Option<u64>,
@@ -119,6 +122,7 @@ impl CheckpointRequest {
             threads: None,
             interval_ms: None,
             max_staging_bytes: None,
+            max_bandwidth: None,
             downtime_budget_us: None,
             durable: default_durable(),
         }

@@ -26,6 +26,7 @@ mod writer;
 mod zero;
 
 pub use backend::file::FileStorage;
+pub use backend::limited::LimitedStorage;
 pub use backend::{EntryKind, LockKind, Storage, StorageFile};
 pub use chain::{ChainImage, chain_images, remove_image};
 pub use codec::{Codec, UnknownCodec};

@@ -1,11 +1,12 @@
 //! Storage: the few operations on files that images need.
 //!
-//! [`file`] is the real one. [`forgetful`] is a model of a disk that loses what was not synced,
-//! for tests.
+//! [`file`] is the real one, [`limited`] holds another one to a rate. [`forgetful`] is a model of
+//! a disk that loses what was not synced, for tests.
 
 pub mod file;
 #[doc(hidden)]
 pub mod forgetful;
+pub mod limited;
 mod noise;
 
 use std::ffi::OsString;
