@@ -277,6 +277,11 @@ typedef struct {
 #define LVP_PROTOCOL_THREADED 2
 
 /**
+ * Pause to write-protect memory; copy each part of it before its first write.
+ */
+#define LVP_PROTOCOL_COW 3
+
+/**
  * The default: LVP_CODEC_LZ4.
  */
 #define LVP_CODEC_DEFAULT 0

@@ -7,6 +7,7 @@
 
 mod common;
 
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,10 +18,12 @@ use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Workspace};
 use livepoint::guest::{Guest, MemoryRegion};
 use livepoint::guests;
 use livepoint::machine::Machine;
-use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::machine::spec::{
+    BackingSpec, BootSpec, MachineSpec, SerialBackend, SerialSpec, Source,
+};
 use livepoint::page::PAGE_BYTES;
 use livepoint::restore::eager;
-use livepoint::store::{FileStorage, ImageReader};
+use livepoint::store::{Codec, FileStorage, ImageReader};
 use livepoint::sys::anon;
 
 const MIB: u64 = 1 << 20;
@@ -28,31 +31,105 @@ const MIB: u64 = 1 << 20;
 /// Pages that are compared at once.
 const COMPARE_BYTES: usize = 1 << 20;
 
+/// A guest that checkpoints are taken of.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     memory_mib: u64,
     working_set_percent: u32,
     vcpus: u32,
     pages: &'static str,
+    backing: BackingSpec,
 }
 
+const HUGETLB: BackingSpec = BackingSpec::Hugetlb {
+    page_bytes: 2 << 20,
+};
+
+const CODECS: [Codec; 3] = [Codec::None, Codec::Lz4, Codec::Zstd { level: 1 }];
+
+/// Protocols that capture memory themselves.
+fn protocols() -> impl Iterator<Item = Protocol> {
+    Protocol::ALL.into_iter()
+}
+
+/// Every case of the long form: of the larger memory only what the smaller one cannot show.
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for memory_mib in [512, 1024] {
-        for working_set_percent in [10, 50, 90] {
-            for vcpus in [1, 2] {
-                for pages in ["2m", "4k"] {
-                    cases.push(Case {
-                        memory_mib,
-                        working_set_percent,
-                        vcpus,
-                        pages,
-                    });
+    for backing in [
+        BackingSpec::Anonymous,
+        BackingSpec::AnonymousSmallPages,
+        HUGETLB,
+        BackingSpec::Memfd,
+    ] {
+        for memory_mib in [512, 1024] {
+            for working_set_percent in [10, 50, 90] {
+                for vcpus in [1, 2] {
+                    for pages in ["2m", "4k"] {
+                        cases.push(Case {
+                            memory_mib,
+                            working_set_percent,
+                            vcpus,
+                            pages,
+                            backing,
+                        });
+                    }
                 }
             }
         }
     }
+    cases.retain(|case| case.backing == BackingSpec::Anonymous || case.memory_mib == 512);
     cases
+}
+
+/// The short form has each value of each dimension, not their product.
+fn short_cases() -> Vec<Case> {
+    let case = |working_set_percent, vcpus, pages, backing| Case {
+        memory_mib: 512,
+        working_set_percent,
+        vcpus,
+        pages,
+        backing,
+    };
+    vec![
+        case(50, 1, "2m", BackingSpec::Anonymous),
+        case(90, 2, "4k", BackingSpec::Anonymous),
+        case(10, 2, "2m", BackingSpec::AnonymousSmallPages),
+        case(50, 1, "4k", HUGETLB),
+        case(10, 1, "2m", BackingSpec::Memfd),
+    ]
+}
+
+/// Huge pages of the host for the length of a test; the number that was there is put back.
+struct HugePages {
+    before: String,
+}
+
+const NR_HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+impl HugePages {
+    /// Asks for enough for a guest of so many MiB; says where they cannot be had.
+    fn new(memory_mib: u64) -> Result<Self, String> {
+        let before = fs::read_to_string(NR_HUGEPAGES).map_err(|error| error.to_string())?;
+        let pages = Self { before };
+        let count: u64 = pages.before.trim().parse().unwrap();
+        let wanted = count + memory_mib / 2;
+        fs::write(NR_HUGEPAGES, wanted.to_string()).map_err(|error| error.to_string())?;
+        let got: u64 = fs::read_to_string(NR_HUGEPAGES)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        if got < wanted {
+            return Err(format!("the host has {got} of {wanted} huge pages"));
+        }
+        Ok(pages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        fs::write(NR_HUGEPAGES, self.before.trim()).unwrap();
+    }
 }
 
 /// Memory of the same layout as a guest's, of the test's own.
@@ -113,6 +190,7 @@ fn start(case: Case, console: &Path) -> Arc<Machine> {
     let mut spec = MachineSpec::new(case.memory_mib * MIB, Some(boot));
     spec.cpu.vcpu_count = case.vcpus;
     spec.memory.preallocate = true;
+    spec.memory.backing = case.backing;
     let backend = SerialBackend::File {
         path: console.to_owned(),
         append: false,
@@ -151,82 +229,90 @@ impl Shadows {
     }
 }
 
-/// Takes `count` checkpoints of one run and compares each.
-fn check(case: Case, count: u32, dir: &Path, kept: &mut Option<Shadows>) {
-    let console = dir.join("console");
-    let machine = start(case, &console);
+/// Takes `count` checkpoints by each protocol of one run and compares each; returns how many.
+fn check(case: Case, count: usize, dir: &Path, kept: &mut Option<Shadows>) -> usize {
+    let _pages = (case.backing == HUGETLB).then(|| HugePages::new(case.memory_mib));
+    if let Some(Err(why)) = &_pages {
+        common::skip("oracle on hugetlb memory", why);
+        return 0;
+    }
+    let machine = start(case, &dir.join("console"));
     let fitting = kept
         .take()
         .filter(|kept| kept.memory_mib == case.memory_mib);
     let shadows = kept.insert(fitting.unwrap_or_else(|| Shadows::of(&machine, case)));
-    let (copy, restored) = (&shadows.copy, &shadows.restored);
+    let mut taken = 0;
     for round in 0..count {
-        let path = dir.join("image.lpi");
-        let hooked = Arc::new(Mutex::new(0));
-        let mut options = CheckpointOptions::default();
-        options.protocol = Protocol::Threaded;
-        options.durable = false;
-        options.workspace = shadows.workspace.clone();
-        // The copy for the test takes its time, inside the pause.
-        options.pause_limit = Duration::from_secs(30);
-        let (into, calls) = (copy.clone(), hooked.clone());
-        options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
-            *calls.lock().unwrap() += 1;
-            for (from, to) in guest.regions().iter().zip(into.iter()) {
-                from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
-            }
-        }));
-        let job =
-            checkpoint::start(machine.clone(), Arc::new(FileStorage), &path, options).unwrap();
-        let report = job
-            .wait()
-            .unwrap_or_else(|error| panic!("{case:?} round {round}: {error}"));
-        assert_eq!(*hooked.lock().unwrap(), 1);
-        let reader = ImageReader::open(&FileStorage, &path).unwrap();
-        let fill = eager::FillOptions {
-            threads: 2,
-            memory_is_fresh: false,
-        };
-        eager::fill(&reader, restored, &fill).unwrap();
-        assert_same_memory(restored, copy);
-        let seen = assert_single_moment(|gpa, out| read_page(restored, gpa, out), 61);
-        assert!(
-            seen.working_set_pages > 0 && seen.fill_pages > 0,
-            "{seen:?}"
-        );
-        drop(reader);
-        println!(
-            "{case:?} round {round}: downtime {} us, {} pages harvested in {} rounds, {} spilled",
-            report.statistics.downtime.total_us,
-            report.statistics.dirty_pages,
-            report.statistics.round_count,
-            report.statistics.staging.spilled_pages
-        );
+        for (number, protocol) in protocols().enumerate() {
+            let codec = CODECS[(round + number) % CODECS.len()];
+            check_one(&machine, protocol, codec, &dir.join("image.lpi"), shadows);
+            taken += 1;
+        }
     }
+    println!("{case:?}: {taken} compared");
     machine.destroy();
+    taken
+}
+
+fn check_one(
+    machine: &Arc<Machine>,
+    protocol: Protocol,
+    codec: Codec,
+    path: &Path,
+    shadows: &Shadows,
+) {
+    let (copy, restored) = (&shadows.copy, &shadows.restored);
+    let hooked = Arc::new(Mutex::new(0));
+    let mut options = CheckpointOptions::default();
+    options.protocol = protocol;
+    options.codec = codec;
+    options.durable = false;
+    options.workspace = shadows.workspace.clone();
+    // The copy for the test takes its time, inside the pause.
+    options.pause_limit = Duration::from_secs(30);
+    let (into, calls) = (copy.clone(), hooked.clone());
+    options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
+        *calls.lock().unwrap() += 1;
+        for (from, to) in guest.regions().iter().zip(into.iter()) {
+            from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
+        }
+    }));
+    let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), path, options).unwrap();
+    let report = job
+        .wait()
+        .unwrap_or_else(|error| panic!("{protocol} {codec}: {error:?}"));
+    assert_eq!(*hooked.lock().unwrap(), 1);
+    assert_eq!(report.statistics.fallback, None);
+    let reader = ImageReader::open(&FileStorage, path).unwrap();
+    let fill = eager::FillOptions {
+        threads: 2,
+        memory_is_fresh: false,
+    };
+    eager::fill(&reader, restored, &fill).unwrap();
+    assert_same_memory(restored, copy);
+    let seen = assert_single_moment(|gpa, out| read_page(restored, gpa, out), 61);
+    assert!(
+        seen.working_set_pages > 0 && seen.fill_pages > 0,
+        "{seen:?}"
+    );
 }
 
 #[test]
-fn threaded_checkpoints_restore_to_exactly_the_memory_at_the_pause() {
+fn checkpoints_of_every_protocol_restore_to_exactly_the_memory_of_their_pause() {
     if !have_kvm() {
         return;
     }
-    let count = if long() { 5 } else { 1 };
+    let (cases, count) = if long() {
+        (cases(), CODECS.len())
+    } else {
+        (short_cases(), 1)
+    };
     let mut taken = 0;
     let mut shadows = None;
-    // The short form has every case of the smaller memory, and two of the larger one.
-    let of_short_form = |case: &Case| {
-        case.memory_mib == 512
-            || (case.pages == "4k") == (case.vcpus == 2) && case.working_set_percent == 10
-    };
-    for case in cases()
-        .into_iter()
-        .filter(|case| long() || of_short_form(case))
-    {
+    for case in cases {
         let dir = tempfile::tempdir().unwrap();
-        check(case, count, dir.path(), &mut shadows);
-        taken += count;
+        taken += check(case, count, dir.path(), &mut shadows);
     }
     println!("{taken} checkpoints compared");
-    assert!(taken >= 14);
+    assert!(taken >= protocols().count() * 4);
 }

@@ -72,6 +72,8 @@ pub const LVP_PROTOCOL_DEFAULT: lvp_protocol = 0;
 pub const LVP_PROTOCOL_STOP: lvp_protocol = 1;
 /// Copy while the guest runs; pause only for the last dirty pages.
 pub const LVP_PROTOCOL_THREADED: lvp_protocol = 2;
+/// Pause to write-protect memory; copy each part of it before its first write.
+pub const LVP_PROTOCOL_COW: lvp_protocol = 3;
 
 /// How memory is compressed. 0 stands for the default.
 pub type lvp_codec = u32;
@@ -135,6 +137,7 @@ impl lvp_checkpoint_options {
         let protocol = match self.protocol {
             LVP_PROTOCOL_DEFAULT | LVP_PROTOCOL_THREADED => Protocol::Threaded,
             LVP_PROTOCOL_STOP => Protocol::Stop,
+            LVP_PROTOCOL_COW => Protocol::Cow,
             other => return Err(Failure::invalid(format!("there is no protocol {other}"))),
         };
         if self.reserved != 0 {

@@ -73,6 +73,21 @@ pub enum CheckpointError {
         /// What the engine was doing.
         waiting: &'static str,
     },
+    /// Guest memory could not be write-protected.
+    #[error("could not write-protect the guest's memory")]
+    Protection {
+        /// Why not.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The watch let all writers go, because one of them waited too long.
+    #[error(
+        "the guest was let go: it waited for {limit_ms} ms to write memory that was not captured yet"
+    )]
+    StallExpired {
+        /// How long one may wait.
+        limit_ms: u64,
+    },
     /// A bug in the engine, or in the guest or storage that it was given.
     #[error("thread {thread} panicked: {message}")]
     Panicked {

@@ -126,6 +126,34 @@ impl Layout {
         self.piece_count
     }
 
+    /// Returns all pieces, in the order of their numbers.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
+        self.windows.iter().flat_map(|window| window.pieces())
+    }
+
+    /// Returns the number of the piece that holds an address of this process.
+    pub(crate) fn piece_at(&self, hva: usize) -> Option<usize> {
+        let holds = |place: &&Place| {
+            let start = place.mapping.hva();
+            (start..start + place.mapping.len()).contains(&hva)
+        };
+        let place = self.regions.iter().find(holds)?;
+        Some(place.first_piece + (hva - place.mapping.hva()) / PIECE_BYTES)
+    }
+
+    /// Returns the numbers of the pieces that hold a frame of `run`.
+    pub(crate) fn pieces_of(&self, run: PageRun) -> impl Iterator<Item = usize> + '_ {
+        self.regions.iter().flat_map(move |place| {
+            let part = place.run.intersection(run);
+            let pieces = part.map(|part| {
+                let first = index(part.start.0 - place.run.start.0) / PIECE;
+                let end = index(part.end().0 - place.run.start.0).div_ceil(PIECE);
+                place.first_piece + first..place.first_piece + end
+            });
+            pieces.into_iter().flatten()
+        })
+    }
+
     /// Returns the regions as an image describes them.
     pub(crate) fn for_image(&self) -> Vec<RegionLayout> {
         let describe = |place: &Place| RegionLayout {
@@ -198,6 +226,27 @@ mod tests {
         }
         assert_eq!(pieces, layout.piece_count());
         assert!(seen.into_iter().eq(0..layout.page_count()));
+    }
+
+    #[test]
+    fn pieces_are_found_by_address_and_by_frame() {
+        let regions = [region(0, 0, 600), region(1, 0x1000, 512 * 2)];
+        let layout = Layout::new(&regions);
+        assert_eq!(layout.pieces().count(), 4);
+        let at = |region: usize, page: usize| {
+            layout.piece_at(regions[region].mapping.hva() + page * PAGE_BYTES + 7)
+        };
+        assert_eq!((at(0, 0), at(0, 599)), (Some(0), Some(1)));
+        assert_eq!((at(1, 511), at(1, 512)), (Some(2), Some(3)));
+        assert_eq!(layout.piece_at(1), None);
+        let run = |start, page_count| PageRun {
+            start: Gfn(start),
+            page_count,
+        };
+        let of = |run| layout.pieces_of(run).collect::<Vec<_>>();
+        assert_eq!(of(run(511, 2)), [0, 1]);
+        assert_eq!(of(run(590, 0x1000)), [1, 2, 3]);
+        assert!(of(run(0x900, 5)).is_empty());
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! | `lvp-session` | decides, pauses and resumes the guest | with the checkpoint |
 //! | `lvp-scan-N` | copies memory, piece by piece | after the scan and the last set |
 //! | `lvp-harvest` | collects dirty pages into staging | when the last set is small |
+//! | `lvp-fault-N` | captures what a vCPU waits to write (`cow`) | when all is captured |
+//! | `lvp-stalls` | lets writers go if the engine hangs (`cow`) | when all is captured |
 //! | `lvp-write-N` | compresses, hashes, writes | when all is written |
 //! | `lvp-create`, `lvp-commit` | begin and commit the image | then |
 //! | `lvp-watchdog` | resumes the guest if the engine hangs | with the session |
@@ -17,7 +19,7 @@
 //! when to pause is the `policy`'s.
 //!
 //! Two rules make a live image the memory of one moment. **Re-arm first, copy second**: a store
-//! that races a copy is reported again. **The newest epoch wins**: the highest, never the last to
+//! that races a copy is reported again (`threaded`), or waits for it (`cow`). **The newest epoch wins**: the highest, never the last to
 //! arrive. They are stated again where they are kept.
 //!
 //! # Failure
@@ -37,6 +39,7 @@ mod phase;
 mod policy;
 mod protocol;
 mod session;
+mod stalls;
 mod stats;
 mod tracker;
 mod watchdog;
@@ -53,6 +56,8 @@ pub use job::{Job, Progress, Report};
 pub use options::{CheckpointOptions, PauseHook, Protocol, THREADS_MAX};
 pub use phase::Phase;
 pub use policy::ClosingReason;
+pub use protocol::ArmingStatistics;
 pub use session::start;
+pub use stalls::StallStatistics;
 pub use stats::{Downtime, Round, StagingStatistics, Statistics, WriteStatistics};
 pub use workspace::Workspace;

@@ -42,17 +42,21 @@ pub enum Protocol {
     /// a short pause at the end.
     #[default]
     Threaded,
+    /// Write-protects memory in a short pause and copies each part of it before its first write;
+    /// the image is the moment of that pause, at the start.
+    Cow,
 }
 
 impl Protocol {
     /// Every protocol.
-    pub const ALL: [Self; 2] = [Self::Stop, Self::Threaded];
+    pub const ALL: [Self; 3] = [Self::Stop, Self::Threaded, Self::Cow];
 
     /// Returns the protocol's name, as users write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Threaded => "threaded",
+            Self::Cow => "cow",
         }
     }
 }
@@ -73,7 +77,7 @@ impl FromStr for Protocol {
             .ok_or_else(|| CheckpointError::InvalidOption {
                 option: "protocol",
                 value: text.to_owned(),
-                wanted: "stop or threaded",
+                wanted: "stop, threaded or cow",
             })
     }
 }

@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::options::CheckpointOptions;
 use crate::page::PAGE_BYTES;
 
@@ -11,6 +12,13 @@ const THREADS_DEFAULT_MAX: usize = 4;
 
 /// The least staging that is taken without being asked for less.
 const STAGING_BYTES_DEFAULT_MIN: u64 = 64 << 20;
+
+/// The least buffers of `cow`: for a writer that waits, the sweep, and the disk.
+const PIECE_BUFFERS_MIN: usize = 4;
+
+/// How long write-protecting memory takes in the pause at most, by estimate: beyond it most of it
+/// is done ahead.
+const ARMING_BUDGET: Duration = Duration::from_micros(1500);
 
 /// Part of the guest's memory that staging takes by default.
 const STAGING_FRACTION: u64 = 10;
@@ -40,6 +48,8 @@ pub(crate) struct Policy {
     pub(crate) buffers: usize,
     pub(crate) interval: Duration,
     pub(crate) downtime_budget: Duration,
+    /// How long write-protecting memory may take in the pause.
+    pub(crate) arming_budget: Duration,
     /// Slots of the staging table.
     pub(crate) staging_slots: usize,
     /// Slots that harvests during the scan leave free, so that those after it need not wait for a
@@ -64,11 +74,32 @@ impl Policy {
             buffers: 3 * threads + 1,
             interval: options.interval,
             downtime_budget: options.downtime_budget,
+            arming_budget: ARMING_BUDGET.min(options.downtime_budget / 2),
             staging_slots,
             reserved_slots: budget_pages
                 .saturating_mul(4)
                 .clamp(1, (staging_slots / RESERVE_FRACTION).max(1)),
         }
+    }
+
+    /// Threads that copy memory ahead of the guest (`cow`). They copy and nothing else, at half
+    /// the speed of memory each.
+    pub(crate) fn sweep_threads(&self) -> usize {
+        self.capture_threads.div_ceil(2)
+    }
+
+    /// Returns the number of buffers of one piece each that staging is (`cow`), where `touched`
+    /// pieces have anything in them, and how many of them are kept for writers that wait.
+    pub(crate) fn piece_buffers(&self, touched: usize) -> (usize, usize) {
+        let pieces = (self.staging_slots / PIECE).max(PIECE_BUFFERS_MIN);
+        // One more in the hands of each thread that copies, so that the last piece has one too.
+        let wanted = touched + self.sweep_threads() + 1;
+        if pieces >= wanted {
+            return (wanted, 0);
+        }
+        // The sweep copies what the guest may never write: it takes what keeps the disk busy.
+        let reserve = pieces - (pieces / 4).max(self.buffers.min(pieces / 2));
+        (pieces, reserve)
     }
 
     /// Threads that scan while the guest runs.

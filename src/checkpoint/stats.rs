@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use crate::checkpoint::options::Protocol;
 use crate::checkpoint::policy::ClosingReason;
+use crate::checkpoint::protocol::ArmingStatistics;
+use crate::checkpoint::stalls::StallStatistics;
 
 /// Rounds that are reported one by one: 100 s of harvests at the default interval. More are
 /// counted in the totals only.
@@ -17,7 +19,10 @@ const ROUNDS_REPORTED_MAX: usize = 1000;
 pub struct Statistics {
     /// How memory was captured.
     pub protocol: Protocol,
-    /// How writes were seen: `kvm-dirty-log`, or `none` where the guest was paused throughout.
+    /// Why it was not the protocol that was asked for.
+    pub fallback: Option<String>,
+    /// How writes were seen: `kvm-dirty-log`, `userfaultfd-wp`, or `none` where the guest was
+    /// paused throughout.
     pub mechanism: &'static str,
     /// Threads that copied memory.
     pub capture_threads: u64,
@@ -41,12 +46,18 @@ pub struct Statistics {
     pub downtime: Downtime,
     /// The staging table.
     pub staging: StagingStatistics,
+    /// Waits of vCPUs at write-protected memory; all zero for protocols without.
+    pub stalls: StallStatistics,
+    /// How memory was write-protected; `None` for protocols that do not.
+    pub arming: Option<ArmingStatistics>,
     /// What went to the image.
     pub written: WriteStatistics,
     /// From the start until the pause.
     pub live_us: u64,
     /// Ending the dirty log after the resume.
     pub log_stop_us: u64,
+    /// From the resume until every page was captured (`cow`).
+    pub capture_us: u64,
     /// From the resume until every page was written.
     pub drain_us: u64,
     /// Syncing and making the image visible; 0 in the image's own copy of these figures.
@@ -93,6 +104,8 @@ pub struct Downtime {
     pub state_us: u64,
     /// Capturing the last pages (all of memory, for `stop`).
     pub last_pages_us: u64,
+    /// Write-protecting memory (`cow`).
+    pub arm_us: u64,
     /// Letting devices and vCPUs go.
     pub resume_us: u64,
     /// The caller's hook; not part of the total.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::writer::Buffer;
 use crate::sys::mapping::GuestMapping;
 
@@ -30,14 +31,25 @@ impl fmt::Debug for Workspace {
 
 impl Workspace {
     /// Returns `count` buffers, kept or new.
-    pub(crate) fn buffers(&self, count: usize) -> Vec<Buffer> {
+    pub(crate) fn buffers(&self, count: usize) -> Result<Vec<Buffer>, CheckpointError> {
+        self.buffers_while(count, || true)
+    }
+
+    /// Like [`Workspace::buffers`]; makes no more of them once `wanted` returns false.
+    pub(crate) fn buffers_while(
+        &self,
+        count: usize,
+        wanted: impl Fn() -> bool,
+    ) -> Result<Vec<Buffer>, CheckpointError> {
         let mut buffers = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             let keep = kept.buffers.len().saturating_sub(count);
             kept.buffers.split_off(keep)
         };
-        buffers.resize_with(count, Buffer::new);
-        buffers
+        while buffers.len() < count && wanted() {
+            buffers.push(Buffer::new()?);
+        }
+        Ok(buffers)
     }
 
     /// Takes the kept staging memory and how many of its first bytes are populated.
@@ -49,7 +61,7 @@ impl Workspace {
     /// Keeps buffers and staging memory for the next checkpoint.
     pub(crate) fn keep(&self, buffers: Vec<Buffer>, staging: Option<(GuestMapping, usize)>) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.buffers = buffers;
+        kept.buffers.extend(buffers);
         if staging.is_some() {
             kept.staging = staging;
         }

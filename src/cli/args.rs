@@ -169,6 +169,8 @@ pub(super) enum ProtocolArg {
     Stop,
     /// Copy while the guest runs; pause only for the last dirty pages.
     Threaded,
+    /// Pause to write-protect memory; copy each part before its first write.
+    Cow,
 }
 
 impl From<ProtocolArg> for Protocol {
@@ -176,6 +178,7 @@ impl From<ProtocolArg> for Protocol {
         match arg {
             ProtocolArg::Stop => Self::Stop,
             ProtocolArg::Threaded => Self::Threaded,
+            ProtocolArg::Cow => Self::Cow,
         }
     }
 }

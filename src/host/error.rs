@@ -258,6 +258,8 @@ fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
         CheckpointError::Store { source, .. } => store_code(source),
         CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,
         CheckpointError::PauseExpired { .. } => ErrorCode::Timeout,
+        CheckpointError::Protection { .. } => ErrorCode::Host,
+        CheckpointError::StallExpired { .. } => ErrorCode::Timeout,
         CheckpointError::Panicked { .. } => ErrorCode::Internal,
     }
 }

@@ -1,7 +1,9 @@
 //! Anonymous memory outside Rust's heap: staging buffers, and guest memory in tests.
 #![expect(unsafe_code, reason = "mapping and unmapping memory by address")]
 
+use std::fmt;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::ptr;
 use std::sync::Arc;
 
@@ -38,7 +40,8 @@ pub fn map_anonymous(len: usize, huge: bool) -> io::Result<GuestMapping> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping at an address that the kernel chooses disturbs no other.
     let base = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), reserved, protection, flags)? };
-    let base = base.addr();
+    // Exposed: `HugeBytes` makes slices of it.
+    let base = base.expose_provenance();
     let owner = Unmapper {
         address: base,
         len: reserved,
@@ -91,6 +94,52 @@ fn advise(address: usize, len: usize, advice: Advice) -> io::Result<()> {
     // so that a change of its contents (by a discard) invalidates none.
     unsafe { rustix::mm::madvise(ptr::without_provenance_mut(address), len, advice)? };
     Ok(())
+}
+
+/// Memory of its own, outside the heap: in huge pages where the kernel has them, and populated.
+pub struct HugeBytes {
+    address: usize,
+    len: usize,
+    // Keeps the range mapped.
+    _mapping: GuestMapping,
+}
+
+impl fmt::Debug for HugeBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HugeBytes({:#x} bytes)", self.len)
+    }
+}
+
+impl HugeBytes {
+    /// Maps and populates `len` bytes; all are zero. Blocks while the kernel finds the memory.
+    pub fn new(len: usize) -> io::Result<Self> {
+        let mapping = map_anonymous(len, true)?;
+        populate(&mapping, 0, len)?;
+        Ok(Self {
+            address: mapping.hva(),
+            len,
+            _mapping: mapping,
+        })
+    }
+}
+
+impl Deref for HugeBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let start = ptr::with_exposed_provenance(self.address);
+        // SAFETY: `new` mapped `len` readable bytes there, which stay mapped as long as `self`,
+        // and whose address nobody else has.
+        unsafe { std::slice::from_raw_parts(start, self.len) }
+    }
+}
+
+impl DerefMut for HugeBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let start = ptr::with_exposed_provenance_mut(self.address);
+        // SAFETY: as for `deref`; the exclusive borrow of `self` makes this the only reference.
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
 }
 
 #[cfg(test)]

@@ -12,4 +12,5 @@ pub mod sigmask;
 pub mod signal;
 pub mod termination;
 pub mod tsc;
+pub mod userfault;
 pub mod writeback;

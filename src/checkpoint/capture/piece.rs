@@ -30,29 +30,8 @@ impl PieceReader {
     /// The page map is read after the piece was re-armed, as the copies are: a page that the guest
     /// touches first between the two is reported dirty.
     pub(crate) fn capture(&mut self, layout: &Layout, piece: &Piece, buffer: &mut Buffer) {
-        let place = &layout.regions()[piece.region];
-        let run_at = |first: usize, count: usize| PageRun {
-            start: Gfn(place.run.start.0 + (piece.first_page + first) as u64),
-            page_count: count as u64,
-        };
         self.find_untouched(layout, piece);
-        let mut next = 0;
-        for (first, count) in bit_runs(&self.untouched) {
-            if next < first {
-                let room = buffer.push_run(run_at(next, first - next));
-                place
-                    .mapping
-                    .copy_out((piece.first_page + next) * PAGE_BYTES, room);
-            }
-            buffer.push_untouched(run_at(first, count));
-            next = first + count;
-        }
-        if next < piece.page_count {
-            let room = buffer.push_run(run_at(next, piece.page_count - next));
-            place
-                .mapping
-                .copy_out((piece.first_page + next) * PAGE_BYTES, room);
-        }
+        copy_piece(layout, piece, &self.untouched, buffer);
     }
 
     /// Sets the bits of the piece's untouched pages; returns how many there are.
@@ -75,7 +54,32 @@ impl PieceReader {
     }
 }
 
-fn bit_runs(words: &[u64; WORDS_PER_PIECE]) -> impl Iterator<Item = (usize, usize)> + '_ {
+/// Copies a piece into `buffer`, but for the pages that are `untouched`, which are noted as zeros.
+pub(crate) fn copy_piece(layout: &Layout, piece: &Piece, untouched: &[u64], buffer: &mut Buffer) {
+    let place = &layout.regions()[piece.region];
+    let run_at = |first: usize, count: usize| PageRun {
+        start: Gfn(place.run.start.0 + (piece.first_page + first) as u64),
+        page_count: count as u64,
+    };
+    let copy = |first: usize, count: usize, buffer: &mut Buffer| {
+        let room = buffer.push_run(run_at(first, count));
+        let from = (piece.first_page + first) * PAGE_BYTES;
+        place.mapping.copy_out(from, room);
+    };
+    let mut next = 0;
+    for (first, count) in bit_runs(untouched) {
+        if next < first {
+            copy(next, first - next, buffer);
+        }
+        buffer.push_untouched(run_at(first, count));
+        next = first + count;
+    }
+    if next < piece.page_count {
+        copy(next, piece.page_count - next, buffer);
+    }
+}
+
+fn bit_runs(words: &[u64]) -> impl Iterator<Item = (usize, usize)> + '_ {
     let narrow = |pages: u64| usize::try_from(pages).expect("a piece has few pages");
     runs_of_set_bits(words).map(move |(first, count)| (narrow(first), narrow(count)))
 }
@@ -84,7 +88,7 @@ fn bit_runs(words: &[u64; WORDS_PER_PIECE]) -> impl Iterator<Item = (usize, usiz
 pub(crate) fn touched_pages(layout: &Layout, mut wanted: impl FnMut() -> bool) -> u64 {
     let mut reader = PieceReader::new();
     let mut touched = layout.page_count();
-    for piece in layout.windows().iter().flat_map(|window| window.pieces()) {
+    for piece in layout.pieces() {
         if !wanted() {
             break;
         }
@@ -123,7 +127,7 @@ mod tests {
         let mut frames = Vec::new();
         let mut zeros = 0;
         for piece in layout.windows()[0].pieces() {
-            let mut buffer = Buffer::new();
+            let mut buffer = Buffer::new().unwrap();
             buffer.clear(0);
             reader.capture(&layout, &piece, &mut buffer);
             frames.extend(buffer.frames().iter().map(|frame| frame.0 - 0x100));

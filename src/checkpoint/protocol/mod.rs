@@ -3,16 +3,20 @@
 //! Each is a function from a session and an empty image to a captured moment. It owns the guest's
 //! pauses and the threads that capture; the session owns everything before and after.
 
+mod cow;
 mod harvest;
 mod scan;
 mod stop;
 mod threaded;
+
+pub use cow::ArmingStatistics;
 
 use jiff::Timestamp;
 
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::options::Protocol;
 use crate::checkpoint::session::Session;
+use crate::checkpoint::tracker::Unprotectable;
 use crate::state::StateSection;
 
 /// What a protocol returns, once every page of the moment is in the image, nothing but the session
@@ -28,5 +32,18 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     match session.options.protocol {
         Protocol::Stop => stop::capture(session),
         Protocol::Threaded => threaded::capture(session),
+        Protocol::Cow => match cow::prepare(session) {
+            Ok(protection) => cow::capture(session, protection),
+            Err(reason) => fall_back(session, &reason),
+        },
     }
+}
+
+/// Takes `threaded` in the place of `cow`, and says why.
+fn fall_back(session: &mut Session, reason: &Unprotectable) -> Result<Captured, Halt> {
+    log::warn!("cow is not possible, threaded is taken: {reason}");
+    session.options.protocol = Protocol::Threaded;
+    session.statistics.protocol = Protocol::Threaded;
+    session.statistics.fallback = Some(reason.to_string());
+    threaded::capture(session)
 }

@@ -35,17 +35,12 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         lease: session.lease.clone(),
         tally: session.tally.clone(),
         next: AtomicUsize::new(0),
-        pieces: session
-            .layout
-            .windows()
-            .iter()
-            .flat_map(|window| window.pieces())
-            .collect(),
+        pieces: session.layout.pieces().collect(),
     });
     for (number, mut buffer) in session
         .options
         .workspace
-        .buffers(threads)
+        .buffers(threads)?
         .into_iter()
         .enumerate()
     {

@@ -23,7 +23,7 @@ use crate::checkpoint::protocol::scan::{Scan, Scanner};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
 use crate::checkpoint::tracker::{Logging, Tracker};
-use crate::checkpoint::writer::{WriteQueue, start_writers};
+use crate::checkpoint::writer::{Buffers, WriteQueue, start_writers};
 use crate::page::PAGE_BYTES;
 
 pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
@@ -31,7 +31,10 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.statistics.capture_threads = session.policy.scan_threads() as u64;
     session.statistics.write_threads = session.policy.write_threads as u64;
     let staging = make_staging(session)?;
-    let buffers = session.options.workspace.buffers(session.policy.buffers);
+    let buffers = Buffers {
+        all: session.options.workspace.buffers(session.policy.buffers)?,
+        reserve: 0,
+    };
     let image = session.image();
     let (queue, returned) = start_writers(
         &mut session.writers,

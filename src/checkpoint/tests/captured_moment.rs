@@ -68,9 +68,21 @@ fn image_equals_memory_at_the_pause_with_little_staging() {
 }
 
 #[test]
+fn image_equals_memory_at_the_pause_of_cow() {
+    for (seed, threads) in (1..=8).zip([1, 2, 4].into_iter().cycle()) {
+        image_equals_memory(Protocol::Cow, threads, None, Codec::None, seed);
+    }
+    image_equals_memory(Protocol::Cow, 2, None, Codec::Zstd { level: 1 }, 9);
+    // Four buffers: writers wait for the disk.
+    for seed in 10..14 {
+        image_equals_memory(Protocol::Cow, 2, Some(64 << 10), Codec::Lz4, seed);
+    }
+}
+
+#[test]
 fn state_that_writes_memory_while_it_is_saved_is_in_the_image() {
     // `save_state` of the fake writes page 0.
-    for protocol in [Protocol::Stop, Protocol::Threaded] {
+    for protocol in Protocol::ALL {
         let mut bench = Bench::new();
         bench.guest.fill();
         bench.options.protocol = protocol;
@@ -101,7 +113,7 @@ fn a_guest_that_writes_nothing_is_captured_once_and_closes_at_once() {
 
 #[test]
 fn pages_never_touched_are_zeros_in_the_image_and_stay_untouched() {
-    for protocol in [Protocol::Stop, Protocol::Threaded] {
+    for protocol in Protocol::ALL {
         let mut bench = Bench::with(FakeGuest::new(&[1500, 1000], 1));
         bench.options.protocol = protocol;
         for page in [3, 700, 701, 1499, 1500, 2499] {

@@ -4,6 +4,7 @@
 //! sets the page's bit again, and a later harvest copies the page whole.
 
 mod dirty_set;
+mod protection;
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -14,6 +15,7 @@ use crate::guest::Guest;
 use crate::page::{AtomicPageBitmap, Gfn, PageRun, runs_of_set_bits};
 
 pub(crate) use dirty_set::{DirtySet, DirtyWindow};
+pub(crate) use protection::{Unprotectable, WriteProtection};
 
 /// Dirty logging of a guest, from its start until this is dropped at the latest.
 pub(crate) struct Logging {

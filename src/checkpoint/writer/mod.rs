@@ -17,6 +17,7 @@ use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::stats::WriteStatistics;
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PageRun};
 use crate::store::{ChunkPages, ChunkScratch, ImageWriter};
+use crate::sys::anon::HugeBytes;
 
 /// One chunk on its way to the image.
 #[derive(Debug)]
@@ -24,21 +25,21 @@ pub(crate) struct Buffer {
     /// The epoch of all its copies; the highest wins in the image.
     pub(crate) epoch: u32,
     frames: Vec<Gfn>,
-    data: Vec<u8>,
+    data: HugeBytes,
     /// Runs of pages that were never touched.
     zeros: Vec<PageRun>,
 }
 
 impl Buffer {
     /// Makes an empty buffer, all of it populated: the copies must not fault.
-    pub(crate) fn new() -> Self {
-        Self {
+    pub(crate) fn new() -> Result<Self, CheckpointError> {
+        let data = HugeBytes::new(PIECE_BYTES);
+        Ok(Self {
             epoch: 0,
             frames: Vec::with_capacity(PIECE),
-            // Not zero, which would only reserve the pages.
-            data: vec![0xff; PIECE_BYTES],
+            data: data.map_err(CheckpointError::resource("memory for a buffer"))?,
             zeros: Vec::with_capacity(PIECE / 2),
-        }
+        })
     }
 
     pub(crate) fn clear(&mut self, epoch: u32) {
@@ -92,7 +93,7 @@ impl Buffer {
         let result = (|| {
             for &run in &self.zeros {
                 image.record_zero(self.epoch, run)?;
-                tally.untouched.fetch_add(run.page_count, Ordering::Relaxed);
+                tally.add_untouched(run.page_count);
             }
             if self.frames.is_empty() {
                 return Ok(());
@@ -130,6 +131,11 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
+    /// Counts pages recorded without being read.
+    pub(crate) fn add_untouched(&self, pages: u64) {
+        self.untouched.fetch_add(pages, Ordering::Relaxed);
+    }
+
     /// Returns the pages recorded without being read.
     pub(crate) fn untouched_pages(&self) -> u64 {
         self.untouched.load(Ordering::Relaxed)
@@ -153,21 +159,80 @@ impl Tally {
 #[derive(Clone, Debug)]
 pub(crate) struct WriteQueue {
     filled: Sender<Buffer>,
-    free: Receiver<Buffer>,
+    pool: Pool,
     stop: Receiver<Infallible>,
+}
+
+/// The free buffers, of which some may be kept for urgent copies.
+#[derive(Clone, Debug)]
+struct Pool {
+    free: (Sender<Buffer>, Receiver<Buffer>),
+    urgent: (Sender<Buffer>, Receiver<Buffer>),
+    /// How many of those that come back go to the urgent side first.
+    reserve: usize,
+}
+
+impl Pool {
+    fn new(buffers: Vec<Buffer>, reserve: usize) -> Self {
+        let pool = Self {
+            free: bounded(buffers.len()),
+            urgent: bounded(buffers.len()),
+            reserve,
+        };
+        buffers.into_iter().for_each(|buffer| pool.put(buffer));
+        pool
+    }
+
+    /// Does not wait: each side has room for all buffers.
+    fn put(&self, buffer: Buffer) {
+        let side = if self.urgent.0.len() < self.reserve {
+            &self.urgent.0
+        } else {
+            &self.free.0
+        };
+        side.send(buffer).expect("the pool itself holds a receiver");
+    }
 }
 
 impl WriteQueue {
     /// Waits for a free buffer, and clears it for copies of `epoch`.
     pub(crate) fn buffer(&self, epoch: u32) -> Result<Buffer, Halt> {
         select! {
-            recv(self.free) -> buffer => {
-                let mut buffer = buffer.map_err(|_| Halt::Stopped)?;
-                buffer.clear(epoch);
-                Ok(buffer)
-            }
+            recv(self.pool.free.1) -> buffer => Self::cleared(buffer.ok(), epoch),
             recv(self.stop) -> _ => Err(Halt::Stopped),
         }
+    }
+
+    /// Like [`WriteQueue::buffer`], for a copy that somebody waits for: takes those of the reserve
+    /// too. Returns also whether all buffers were full, so that the disk was waited for.
+    pub(crate) fn urgent_buffer(&self, epoch: u32) -> Result<(Buffer, bool), Halt> {
+        let (urgent, free) = (&self.pool.urgent.1, &self.pool.free.1);
+        let at_once = urgent.try_recv().or_else(|_| free.try_recv());
+        if let Ok(buffer) = at_once {
+            return Ok((Self::cleared(Some(buffer), epoch)?, false));
+        }
+        let buffer = select! {
+            recv(urgent) -> buffer => Self::cleared(buffer.ok(), epoch)?,
+            recv(free) -> buffer => Self::cleared(buffer.ok(), epoch)?,
+            recv(self.stop) -> _ => return Err(Halt::Stopped),
+        };
+        Ok((buffer, true))
+    }
+
+    fn cleared(buffer: Option<Buffer>, epoch: u32) -> Result<Buffer, Halt> {
+        let mut buffer = buffer.ok_or(Halt::Stopped)?;
+        buffer.clear(epoch);
+        Ok(buffer)
+    }
+
+    /// Returns how many buffers are free.
+    pub(crate) fn free_buffers(&self) -> usize {
+        self.pool.free.1.len() + self.pool.urgent.1.len()
+    }
+
+    /// Gives a buffer back unwritten.
+    pub(crate) fn put_back(&self, buffer: Buffer) {
+        self.pool.put(buffer);
     }
 
     /// Hands a buffer to the writing threads. Does not wait: the queue has room for all of them.
@@ -178,12 +243,20 @@ impl WriteQueue {
 
 /// The buffers, for the next checkpoint, once the writing threads have ended.
 #[derive(Debug)]
-pub(crate) struct Returned(Receiver<Buffer>);
+pub(crate) struct Returned(Pool);
 
 impl Returned {
     pub(crate) fn buffers(&self) -> Vec<Buffer> {
-        self.0.try_iter().collect()
+        let Pool { free, urgent, .. } = &self.0;
+        free.1.try_iter().chain(urgent.1.try_iter()).collect()
     }
+}
+
+/// The buffers of one checkpoint.
+pub(crate) struct Buffers {
+    pub(crate) all: Vec<Buffer>,
+    /// How many are kept for urgent copies.
+    pub(crate) reserve: usize,
 }
 
 /// Starts `threads` writing threads in `crew`, fed through the returned queue.
@@ -192,23 +265,18 @@ pub(crate) fn start_writers(
     control: &Arc<Control>,
     image: &Arc<ImageWriter>,
     tally: &Arc<Tally>,
-    buffers: Vec<Buffer>,
+    buffers: Buffers,
     threads: usize,
 ) -> Result<(WriteQueue, Returned), CheckpointError> {
-    let (filled, to_write) = bounded(buffers.len());
-    let (recycle, free) = bounded(buffers.len());
-    for buffer in buffers {
-        recycle
-            .send(buffer)
-            .expect("it has room for all and its receiver lives");
-    }
+    let (filled, to_write) = bounded(buffers.all.len());
+    let pool = Pool::new(buffers.all, buffers.reserve);
     for number in 0..threads {
         let writer = Writer {
             control: control.clone(),
             image: image.clone(),
             tally: tally.clone(),
             to_write: to_write.clone(),
-            recycle: recycle.clone(),
+            pool: pool.clone(),
         };
         crew.spawn(&format!("lvp-write-{number}"), move || {
             give_way();
@@ -217,10 +285,10 @@ pub(crate) fn start_writers(
     }
     let queue = WriteQueue {
         filled,
-        free: free.clone(),
+        pool: pool.clone(),
         stop: control.stop_signal().clone(),
     };
-    Ok((queue, Returned(free)))
+    Ok((queue, Returned(pool)))
 }
 
 struct Writer {
@@ -228,7 +296,7 @@ struct Writer {
     image: Arc<ImageWriter>,
     tally: Arc<Tally>,
     to_write: Receiver<Buffer>,
-    recycle: Sender<Buffer>,
+    pool: Pool,
 }
 
 impl Writer {
@@ -248,8 +316,7 @@ impl Writer {
             self.control
                 .bytes_written
                 .fetch_max(written, Ordering::Relaxed);
-            // Nobody may want it any more: the session keeps the receiver only until its end.
-            self.recycle.send(buffer).ok();
+            self.pool.put(buffer);
         }
     }
 }

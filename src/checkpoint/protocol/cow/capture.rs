@@ -1,0 +1,264 @@
+//! Capturing pieces: by the sweep, for a fault, and before a discard.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use std::os::fd::OwnedFd;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::ahead::EarlyWrites;
+use super::protection_failed;
+use crate::checkpoint::capture::{CapturedPieces, Finish, UntouchedPages, copy_piece};
+use crate::checkpoint::control::Control;
+use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::layout::{Layout, Piece};
+use crate::checkpoint::tracker::WriteProtection;
+use crate::checkpoint::writer::{Buffer, Tally, WriteQueue};
+use crate::guest::DiscardObserver;
+use crate::page::{AtomicPageBitmap, Gfn, PageRun, bitmap_words, runs_of_set_bits};
+use crate::store::ImageWriter;
+
+/// The epoch of all copies: each page has one.
+const EPOCH: u32 = 0;
+
+/// What a capture is made from.
+pub(super) struct Parts {
+    pub(super) layout: Arc<Layout>,
+    pub(super) control: Arc<Control>,
+    pub(super) protection: WriteProtection,
+    pub(super) queue: WriteQueue,
+    pub(super) image: Arc<ImageWriter>,
+    pub(super) tally: Arc<Tally>,
+    pub(super) staging_pieces: usize,
+}
+
+/// What all threads of one `cow` checkpoint share. They have no lock in common.
+pub(super) struct CopyOnWrite {
+    parts: Parts,
+    pieces: Vec<Piece>,
+    captured: CapturedPieces,
+    /// Pieces in which pages were given back before the pause.
+    given_back: AtomicPageBitmap,
+    /// Set in the pause, before anything is captured.
+    untouched: OnceLock<UntouchedPages>,
+    next: AtomicUsize,
+    pub(super) staged_peak: AtomicUsize,
+    early_writes: EarlyWrites,
+    released: AtomicBool,
+    /// Readable once `released`.
+    wake_up: OwnedFd,
+    done: Sender<()>,
+    all_captured: Receiver<()>,
+}
+
+/// Who wants a piece captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    /// Nobody waits.
+    Sweep,
+    /// A writer waits, or somebody who discards.
+    Writer,
+}
+
+impl CopyOnWrite {
+    pub(super) fn new(parts: Parts) -> Result<Self, CheckpointError> {
+        let pieces: Vec<_> = parts.layout.pieces().collect();
+        let (done, all_captured) = bounded(1);
+        let wake_up = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| CheckpointError::resource("an eventfd")(error.into()))?;
+        Ok(Self {
+            captured: CapturedPieces::new(pieces.len()),
+            early_writes: EarlyWrites::new(pieces.len()),
+            wake_up,
+            given_back: AtomicPageBitmap::new(pieces.len() as u64),
+            pieces,
+            untouched: OnceLock::new(),
+            next: AtomicUsize::new(0),
+            staged_peak: AtomicUsize::new(0),
+            released: AtomicBool::new(false),
+            done,
+            all_captured,
+            parts,
+        })
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.parts.layout
+    }
+
+    pub(super) fn control(&self) -> &Control {
+        &self.parts.control
+    }
+
+    pub(super) fn protection(&self) -> &WriteProtection {
+        &self.parts.protection
+    }
+
+    pub(super) fn early_writes(&self) -> &EarlyWrites {
+        &self.early_writes
+    }
+
+    /// Becomes readable with [`CopyOnWrite::release`].
+    pub(super) fn wake_up(&self) -> &OwnedFd {
+        &self.wake_up
+    }
+
+    pub(super) fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// Returns the pieces in which pages were given back so far, in order. Called in the pause.
+    pub(super) fn given_back(&self) -> Vec<usize> {
+        pieces_in(&self.given_back)
+    }
+
+    /// Fixes what is untouched at the captured moment; captures may start.
+    pub(super) fn set_moment(&self, untouched: UntouchedPages) {
+        let first = self.untouched.set(untouched).is_ok();
+        assert!(first, "a checkpoint has one moment");
+    }
+
+    /// Gets a message once every piece is captured.
+    pub(super) fn all_captured(&self) -> &Receiver<()> {
+        &self.all_captured
+    }
+
+    /// Lets everybody write all memory, and the handlers end.
+    pub(super) fn release(&self) {
+        self.parts.protection.end();
+        self.released.store(true, Ordering::Release);
+        if let Err(error) = rustix::io::write(&self.wake_up, &1_u64.to_ne_bytes()) {
+            log::error!("could not wake the fault handlers: {error}");
+        }
+    }
+
+    pub(super) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
+    /// Captures pieces in order, until none is left to begin with.
+    pub(super) fn sweep(&self) -> Result<(), Halt> {
+        loop {
+            let piece = self.next.fetch_add(1, Ordering::Relaxed);
+            if piece >= self.pieces.len() {
+                return Ok(());
+            }
+            self.control().check()?;
+            if !self.captured.has(piece) {
+                self.capture(piece, For::Sweep)?;
+            }
+        }
+    }
+
+    /// Captures a piece that somebody waits to write, and lets him. Returns whether the disk had
+    /// to be waited for.
+    pub(super) fn capture_for_writer(&self, piece: usize) -> Result<bool, Halt> {
+        let waited = !self.captured.has(piece) && self.capture(piece, For::Writer)?;
+        // Also where another thread captured it: it may not have come to the un-protecting yet,
+        // and it may be long until the host lets it run again.
+        self.unprotect(piece)?;
+        Ok(waited)
+    }
+
+    /// Copies a piece while it is protected, then un-protects it, then queues the copy.
+    fn capture(&self, piece: usize, wanted: For) -> Result<bool, Halt> {
+        let untouched = self.untouched.get();
+        let untouched = untouched.expect("nothing is captured before the pause");
+        let place = &self.pieces[piece];
+        if untouched.count(piece) == place.page_count {
+            return self.capture_untouched(piece).map(|()| false);
+        }
+        let queue = &self.parts.queue;
+        let (mut buffer, waited) = match wanted {
+            For::Sweep => (queue.buffer(EPOCH)?, false),
+            For::Writer => queue.urgent_buffer(EPOCH)?,
+        };
+        copy_piece(self.layout(), place, untouched.of_piece(piece), &mut buffer);
+        self.finish(piece, buffer)?;
+        Ok(waited)
+    }
+
+    /// Zeros that are not even there: an entry in the index, no copy.
+    fn capture_untouched(&self, piece: usize) -> Result<(), Halt> {
+        let finish = self.captured.finish(piece);
+        if finish != Finish::TooLate {
+            let place = &self.pieces[piece];
+            let start = self.layout().regions()[place.region].run.start.0;
+            let run = PageRun {
+                start: Gfn(start + place.first_page as u64),
+                page_count: place.page_count as u64,
+            };
+            self.parts
+                .image
+                .record_zero(EPOCH, run)
+                .map_err(CheckpointError::store("write"))?;
+            self.parts.tally.add_untouched(run.page_count);
+            self.count(place);
+        }
+        self.tell_if_last(finish);
+        Ok(())
+    }
+
+    fn finish(&self, piece: usize, buffer: Buffer) -> Result<(), Halt> {
+        let finish = self.captured.finish(piece);
+        if finish == Finish::TooLate {
+            self.parts.queue.put_back(buffer);
+            return Ok(());
+        }
+        self.unprotect(piece)?;
+        self.parts.queue.submit(buffer)?;
+        let free = self.parts.queue.free_buffers();
+        let staged = self.parts.staging_pieces.saturating_sub(free);
+        self.staged_peak.fetch_max(staged, Ordering::Relaxed);
+        self.count(&self.pieces[piece]);
+        self.tell_if_last(finish);
+        Ok(())
+    }
+
+    /// Lets everybody write a piece, whatever its state.
+    pub(super) fn unprotect(&self, piece: usize) -> Result<(), Halt> {
+        let result = self.protection().unprotect(&self.pieces[piece]);
+        Ok(result.map_err(protection_failed)?)
+    }
+
+    fn count(&self, piece: &Piece) {
+        self.control()
+            .pages_scanned
+            .fetch_add(piece.page_count as u64, Ordering::Relaxed);
+    }
+
+    fn tell_if_last(&self, finish: Finish) {
+        if finish == Finish::Last {
+            // There is room for the one message.
+            self.done.send(()).ok();
+        }
+    }
+}
+
+impl DiscardObserver for CopyOnWrite {
+    /// Captures what is about to be given back. Before the pause, it is noted: such pages are in
+    /// no page table, and so cannot be protected. The pause waits for a discard under way, since it
+    /// waits for all devices.
+    fn before_discard(&self, run: PageRun) {
+        let at_once = self.untouched.get().is_some();
+        for piece in self.parts.layout.pieces_of(run) {
+            if !at_once {
+                self.given_back.set(piece as u64);
+            } else if let Err(Halt::Failed(error)) = self.capture_for_writer(piece) {
+                self.control().fail(error);
+            }
+        }
+    }
+}
+
+/// Takes the numbers of pieces out of a bitmap that has a bit for each, in order.
+pub(super) fn pieces_in(bitmap: &AtomicPageBitmap) -> Vec<usize> {
+    let mut bits = vec![0; bitmap_words(bitmap.pages())];
+    bitmap.take_into(&mut bits);
+    let index = |number: u64| usize::try_from(number).expect("pieces are counted in memory");
+    let runs = runs_of_set_bits(&bits);
+    runs.flat_map(|(first, count)| index(first)..index(first + count))
+        .collect()
+}
