@@ -277,6 +277,11 @@ typedef struct {
 #define LVP_PROTOCOL_THREADED 2
 
 /**
+ * Copy in rounds until the rest fits the downtime: live migration to a file.
+ */
+#define LVP_PROTOCOL_PRECOPY 4
+
+/**
  * Pause to write-protect memory; copy each part of it before its first write.
  */
 #define LVP_PROTOCOL_COW 3

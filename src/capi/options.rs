@@ -72,6 +72,8 @@ pub const LVP_PROTOCOL_DEFAULT: lvp_protocol = 0;
 pub const LVP_PROTOCOL_STOP: lvp_protocol = 1;
 /// Copy while the guest runs; pause only for the last dirty pages.
 pub const LVP_PROTOCOL_THREADED: lvp_protocol = 2;
+/// Copy in rounds until the rest fits the downtime: live migration to a file.
+pub const LVP_PROTOCOL_PRECOPY: lvp_protocol = 4;
 /// Pause to write-protect memory; copy each part of it before its first write.
 pub const LVP_PROTOCOL_COW: lvp_protocol = 3;
 
@@ -138,6 +140,7 @@ impl lvp_checkpoint_options {
             LVP_PROTOCOL_DEFAULT | LVP_PROTOCOL_THREADED => Protocol::Threaded,
             LVP_PROTOCOL_STOP => Protocol::Stop,
             LVP_PROTOCOL_COW => Protocol::Cow,
+            LVP_PROTOCOL_PRECOPY => Protocol::Precopy,
             other => return Err(Failure::invalid(format!("there is no protocol {other}"))),
         };
         if self.reserved != 0 {

@@ -80,6 +80,19 @@ pub enum CheckpointError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// Pre-copy rounds did not get the rest below the downtime that was allowed.
+    #[error(
+        "did not converge: after {rounds} rounds the guest dirties {dirty_pages_per_s} pages a \
+         second, and copying the rest would take longer than {limit_ms} ms"
+    )]
+    NotConverged {
+        /// The downtime that was allowed.
+        limit_ms: u64,
+        /// Rounds that were made.
+        rounds: u64,
+        /// How fast the guest dirtied pages in the last round.
+        dirty_pages_per_s: u64,
+    },
     /// The watch let all writers go, because one of them waited too long.
     #[error(
         "the guest was let go: it waited for {limit_ms} ms to write memory that was not captured yet"

@@ -8,6 +8,7 @@
 //! | `lvp-session` | decides, pauses and resumes the guest | with the checkpoint |
 //! | `lvp-scan-N` | copies memory, piece by piece | after the scan and the last set |
 //! | `lvp-harvest` | collects dirty pages into staging | when the last set is small |
+//! | `lvp-rounds` | sends dirty pages to the image, round by round (`precopy`) | when the rest is small, or does not shrink |
 //! | `lvp-fault-N` | captures what a vCPU waits to write (`cow`) | when all is captured |
 //! | `lvp-stalls` | lets writers go if the engine hangs (`cow`) | when all is captured |
 //! | `lvp-write-N` | compresses, hashes, writes | when all is written |

@@ -38,6 +38,10 @@ const STAGING_BYTES_MIN: u64 = 16 * PAGE_BYTES as u64;
 pub enum Protocol {
     /// Pauses the guest, writes all memory, resumes it: the traditional baseline.
     Stop,
+    /// Copies memory while the guest runs, and in rounds what it dirties, until the rest fits the
+    /// downtime budget: live migration to a file. The image is the moment of the pause at the
+    /// end. A guest that writes faster than the disk never converges.
+    Precopy,
     /// Scans memory while the guest runs and harvests what it dirties; the image is the moment of
     /// a short pause at the end.
     #[default]
@@ -49,12 +53,13 @@ pub enum Protocol {
 
 impl Protocol {
     /// Every protocol.
-    pub const ALL: [Self; 3] = [Self::Stop, Self::Threaded, Self::Cow];
+    pub const ALL: [Self; 4] = [Self::Stop, Self::Precopy, Self::Threaded, Self::Cow];
 
     /// Returns the protocol's name, as users write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stop => "stop",
+            Self::Precopy => "precopy",
             Self::Threaded => "threaded",
             Self::Cow => "cow",
         }
@@ -77,7 +82,7 @@ impl FromStr for Protocol {
             .ok_or_else(|| CheckpointError::InvalidOption {
                 option: "protocol",
                 value: text.to_owned(),
-                wanted: "stop, threaded or cow",
+                wanted: "stop, precopy, threaded or cow",
             })
     }
 }
@@ -99,9 +104,13 @@ pub struct CheckpointOptions {
     pub threads: Option<usize>,
     /// Pause between two harvests of `threaded`.
     pub interval: Duration,
-    /// How long the copy of the last dirty pages may take in the pause. `threaded` goes on
-    /// harvesting until it fits, as long as that helps; a target, not a promise.
-    pub downtime_budget: Duration,
+    /// How long the copy of the last dirty pages may take in the pause; `None` for 3 ms
+    /// (`threaded`) or 300 ms (`precopy`). They go on collecting until it fits, as long as that
+    /// helps; a target, not a promise.
+    pub downtime_budget: Option<Duration>,
+    /// The longest downtime that is acceptable: a checkpoint that cannot keep it is refused or
+    /// fails, and the guest runs on.
+    pub max_downtime: Option<Duration>,
     /// The most memory between capture and disk; `None` takes 10 % of the guest's memory, at
     /// least 64 MiB.
     pub max_staging_bytes: Option<u64>,
@@ -128,7 +137,8 @@ impl Default for CheckpointOptions {
             durable: true,
             threads: None,
             interval: Duration::from_millis(100),
-            downtime_budget: Duration::from_millis(3),
+            downtime_budget: None,
+            max_downtime: None,
             max_staging_bytes: None,
             max_bandwidth: None,
             pause_limit: Duration::from_secs(1),
@@ -148,6 +158,7 @@ impl fmt::Debug for CheckpointOptions {
             .field("threads", &self.threads)
             .field("interval", &self.interval)
             .field("downtime_budget", &self.downtime_budget)
+            .field("max_downtime", &self.max_downtime)
             .field("max_staging_bytes", &self.max_staging_bytes)
             .field("max_bandwidth", &self.max_bandwidth)
             .field("pause_limit", &self.pause_limit)

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::checkpoint::layout::PIECE;
-use crate::checkpoint::options::CheckpointOptions;
+use crate::checkpoint::options::{CheckpointOptions, Protocol};
 use crate::page::PAGE_BYTES;
 
 /// The most threads of a kind that are taken without being asked for.
@@ -29,6 +29,18 @@ const RESERVE_FRACTION: usize = 8;
 /// What copying a page into staging costs before it has been measured: 4 KiB at 8 GB/s, half of
 /// what one thread reaches on a quiet machine.
 const PAGE_COPY_NS_GUESS: u64 = 500;
+
+/// What a page costs on its way to the image before it has been measured: 4 KiB at 1 GB/s.
+const PAGE_WRITE_NS_GUESS: u64 = 4000;
+
+/// What the last copy of `threaded` may take without being told.
+const DOWNTIME_BUDGET: Duration = Duration::from_millis(3);
+
+/// The same for `precopy`: the default downtime of QEMU's and Cloud Hypervisor's live migration.
+const PRECOPY_DOWNTIME_BUDGET: Duration = Duration::from_millis(300);
+
+/// The most rounds of `precopy` after the first (as Xen's live migration has it).
+const PRECOPY_ROUNDS_MAX: u32 = 29;
 
 /// The most harvests after the scan: each costs the guest its write-protect faults again.
 pub(crate) const CLOSING_ROUNDS_MAX: u32 = 24;
@@ -63,7 +75,14 @@ impl Policy {
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or(cpus.min(THREADS_DEFAULT_MAX));
         let staging_slots = staging_slots(options.max_staging_bytes, page_count);
-        let budget_pages = options.downtime_budget.as_nanos() / u128::from(PAGE_COPY_NS_GUESS);
+        let downtime_budget = options.downtime_budget.unwrap_or(match options.protocol {
+            Protocol::Precopy => PRECOPY_DOWNTIME_BUDGET,
+            _ => DOWNTIME_BUDGET,
+        });
+        let downtime_budget = options
+            .max_downtime
+            .map_or(downtime_budget, |most| downtime_budget.min(most / 2));
+        let budget_pages = downtime_budget.as_nanos() / u128::from(PAGE_COPY_NS_GUESS);
         let budget_pages = usize::try_from(budget_pages).unwrap_or(usize::MAX);
         Self {
             // Copying is several times faster than hashing and writing: one scanning thread
@@ -73,8 +92,8 @@ impl Policy {
             // One in the hands of each thread, and one on its way to each writer.
             buffers: 3 * threads + 1,
             interval: options.interval,
-            downtime_budget: options.downtime_budget,
-            arming_budget: ARMING_BUDGET.min(options.downtime_budget / 2),
+            downtime_budget,
+            arming_budget: ARMING_BUDGET.min(downtime_budget / 2),
             staging_slots,
             reserved_slots: budget_pages
                 .saturating_mul(4)
@@ -117,21 +136,27 @@ fn staging_slots(max_bytes: Option<u64>, page_count: usize) -> usize {
     slots.min(page_count).max(2)
 }
 
-/// What copying a page into staging costs, measured as it happens.
+/// What a page costs to copy into staging, or to send to the image, measured as it happens.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct CopyCost {
+pub(crate) struct PageCost {
     page_ns: u64,
 }
 
-impl Default for CopyCost {
-    fn default() -> Self {
+impl PageCost {
+    /// The cost of copying, before it is measured.
+    pub(crate) fn of_copying() -> Self {
         Self {
             page_ns: PAGE_COPY_NS_GUESS,
         }
     }
-}
 
-impl CopyCost {
+    /// The cost of copying and writing, before it is measured.
+    pub(crate) fn of_writing() -> Self {
+        Self {
+            page_ns: PAGE_WRITE_NS_GUESS,
+        }
+    }
+
     /// Learns from a harvest; one of few pages says more about its fixed costs than about copying.
     pub(crate) fn learn(&mut self, pages: u64, took: Duration) {
         const PAGES_MIN: u64 = 256;
@@ -148,8 +173,9 @@ impl CopyCost {
 }
 
 /// Decides when harvesting after the scan has done what it can.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Closing {
+    rounds_max: u32,
     rounds: u32,
     futile: u32,
     before: Option<u64>,
@@ -168,6 +194,23 @@ pub enum ClosingReason {
 }
 
 impl Closing {
+    pub(crate) fn of_threaded() -> Self {
+        Self::new(CLOSING_ROUNDS_MAX)
+    }
+
+    pub(crate) fn of_precopy() -> Self {
+        Self::new(PRECOPY_ROUNDS_MAX)
+    }
+
+    fn new(rounds_max: u32) -> Self {
+        Self {
+            rounds_max,
+            rounds: 0,
+            futile: 0,
+            before: None,
+        }
+    }
+
     /// Told how many pages are dirty now; returns why to pause, or `None` for another harvest.
     pub(crate) fn next(
         &mut self,
@@ -178,7 +221,7 @@ impl Closing {
         if cost <= budget {
             return Some(ClosingReason::FitsBudget);
         }
-        if self.rounds == CLOSING_ROUNDS_MAX {
+        if self.rounds == self.rounds_max {
             return Some(ClosingReason::RoundCap);
         }
         if let Some(before) = self.before {
@@ -201,8 +244,8 @@ mod tests {
     const BUDGET: Duration = Duration::from_millis(3);
 
     fn close(dirty: impl Fn(u32) -> u64) -> (ClosingReason, u32) {
-        let mut closing = Closing::default();
-        let cost = CopyCost::default();
+        let mut closing = Closing::of_threaded();
+        let cost = PageCost::of_copying();
         for round in 0.. {
             let pages = dirty(round);
             if let Some(reason) = closing.next(pages, cost.of(pages), BUDGET) {

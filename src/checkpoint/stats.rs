@@ -42,6 +42,9 @@ pub struct Statistics {
     pub dirty_pages_per_s: u64,
     /// Why harvesting ended; `None` for protocols without harvests.
     pub closing: Option<ClosingReason>,
+    /// Whether the rounds got the rest below the downtime budget; `None` for protocols that need
+    /// not converge.
+    pub converged: Option<bool>,
     /// The pause.
     pub downtime: Downtime,
     /// The staging table.

@@ -167,6 +167,8 @@ pub(super) struct CheckpointArgs {
 pub(super) enum ProtocolArg {
     /// Pause, write everything, resume: the traditional way.
     Stop,
+    /// Copy in rounds until the rest fits the downtime: live migration to a file.
+    Precopy,
     /// Copy while the guest runs; pause only for the last dirty pages.
     Threaded,
     /// Pause to write-protect memory; copy each part before its first write.
@@ -177,6 +179,7 @@ impl From<ProtocolArg> for Protocol {
     fn from(arg: ProtocolArg) -> Self {
         match arg {
             ProtocolArg::Stop => Self::Stop,
+            ProtocolArg::Precopy => Self::Precopy,
             ProtocolArg::Threaded => Self::Threaded,
             ProtocolArg::Cow => Self::Cow,
         }

@@ -390,7 +390,7 @@ impl Domain {
             options.interval = Duration::from_millis(ms);
         }
         if let Some(us) = request.downtime_budget_us {
-            options.downtime_budget = Duration::from_micros(us);
+            options.downtime_budget = Some(Duration::from_micros(us));
         }
         options
     }

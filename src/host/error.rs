@@ -259,7 +259,9 @@ fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
         CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,
         CheckpointError::PauseExpired { .. } => ErrorCode::Timeout,
         CheckpointError::Protection { .. } => ErrorCode::Host,
-        CheckpointError::StallExpired { .. } => ErrorCode::Timeout,
+        CheckpointError::StallExpired { .. } | CheckpointError::NotConverged { .. } => {
+            ErrorCode::Timeout
+        }
         CheckpointError::Panicked { .. } => ErrorCode::Internal,
     }
 }

@@ -11,7 +11,7 @@ use crate::checkpoint::capture::{LastSet, PageCopy, Staged, Staging, slot_offset
 use crate::checkpoint::control::Control;
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::layout::{Layout, PIECE};
-use crate::checkpoint::policy::{Closing, CopyCost, Policy};
+use crate::checkpoint::policy::{Closing, PageCost, Policy};
 use crate::checkpoint::stats::{Round, Statistics, micros, per_second};
 use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
@@ -44,7 +44,7 @@ pub(super) struct Harvester {
     pub(super) statistics: Statistics,
     dirty: DirtySet,
     epoch: u32,
-    cost: CopyCost,
+    cost: PageCost,
     last_round: Instant,
 }
 
@@ -67,7 +67,7 @@ impl Harvester {
             policy,
             statistics: Statistics::default(),
             epoch: 0,
-            cost: CopyCost::default(),
+            cost: PageCost::of_copying(),
             last_round: Instant::now(),
         }
     }
@@ -90,7 +90,7 @@ impl Harvester {
 
     /// Harvests without a pause between, as long as the last set shrinks and is too large.
     fn close(&mut self) -> Result<(), Halt> {
-        let mut closing = Closing::default();
+        let mut closing = Closing::of_threaded();
         loop {
             let dirty = self.tracker.peek(&mut self.dirty)?;
             // Most pages of the last set are staged already, and replace their older copies.

@@ -5,6 +5,7 @@
 
 mod cow;
 mod harvest;
+mod precopy;
 mod scan;
 mod stop;
 mod threaded;
@@ -31,6 +32,7 @@ pub(crate) struct Captured {
 pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     match session.options.protocol {
         Protocol::Stop => stop::capture(session),
+        Protocol::Precopy => precopy::capture(session),
         Protocol::Threaded => threaded::capture(session),
         Protocol::Cow => match cow::prepare(session) {
             Ok(protection) => cow::capture(session, protection),

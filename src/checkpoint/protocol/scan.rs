@@ -1,43 +1,78 @@
-//! The scan of `threaded`: every piece once, while the guest runs.
+//! The scan of `threaded` and `precopy`: every piece once, while the guest runs.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, PieceReader};
 use crate::checkpoint::control::Control;
+use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::layout::{Layout, Window};
+use crate::checkpoint::session::Session;
 use crate::checkpoint::tracker::Tracker;
 use crate::checkpoint::writer::WriteQueue;
 
 /// The epoch of the scan's copies: every harvest is newer.
 const SCAN_EPOCH: u32 = 0;
 
+/// Starts the scan. Returns the way to have its threads help with the last set, which they wait
+/// for until it is dropped, and a receiver that is disconnected when the scan is over.
+pub(super) fn start_scan(
+    session: &mut Session,
+    tracker: &Arc<Tracker>,
+    queue: &WriteQueue,
+) -> Result<(Sender<Arc<LastSet>>, Receiver<Infallible>), Halt> {
+    let scan = Arc::new(Scan {
+        layout: session.layout.clone(),
+        tracker: tracker.clone(),
+        control: session.control.clone(),
+        next: AtomicUsize::new(0),
+    });
+    let threads = session.policy.scan_threads();
+    let (unfinished, scanning) = bounded(0);
+    let (helpers, last_set) = bounded(threads);
+    for number in 0..threads {
+        let scanner = Scanner {
+            scan: scan.clone(),
+            queue: queue.clone(),
+            unfinished: unfinished.clone(),
+            last_set: last_set.clone(),
+        };
+        session
+            .capture
+            .spawn(&format!("lvp-scan-{number}"), move || {
+                give_way();
+                scanner.run()
+            })?;
+    }
+    Ok((helpers, scanning))
+}
+
 /// What the scanning threads share.
-pub(super) struct Scan {
-    pub(super) layout: Arc<Layout>,
-    pub(super) tracker: Arc<Tracker>,
-    pub(super) control: Arc<Control>,
-    pub(super) next: AtomicUsize,
+struct Scan {
+    layout: Arc<Layout>,
+    tracker: Arc<Tracker>,
+    control: Arc<Control>,
+    next: AtomicUsize,
 }
 
 /// What one scanning thread owns.
-pub(super) struct Scanner {
-    pub(super) scan: Arc<Scan>,
-    pub(super) queue: WriteQueue,
+struct Scanner {
+    scan: Arc<Scan>,
+    queue: WriteQueue,
     /// Dropped when there is nothing left to scan.
-    pub(super) unfinished: Sender<Infallible>,
+    unfinished: Sender<Infallible>,
     /// The copies to help with in the pause.
-    pub(super) last_set: Receiver<Arc<LastSet>>,
+    last_set: Receiver<Arc<LastSet>>,
 }
 
 impl Scanner {
     /// Scans until nothing is left, then waits for the pause and helps with the last set. Ends
     /// after that, when the session needs no help, or by the order to stop.
-    pub(super) fn run(self) -> Result<(), Halt> {
+    fn run(self) -> Result<(), Halt> {
         let Self {
             scan,
             queue,

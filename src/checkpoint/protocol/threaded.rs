@@ -8,18 +8,16 @@
 //! dirty then, since it was re-armed before, and a later harvest copies it whole.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use crossbeam_channel::{Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, Staging};
-use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::protocol::harvest::Harvester;
-use crate::checkpoint::protocol::scan::{Scan, Scanner};
+use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
 use crate::checkpoint::tracker::{Logging, Tracker};
@@ -88,30 +86,7 @@ fn live(
     staging: Staging,
 ) -> Result<(Sender<Arc<LastSet>>, Harvester), Halt> {
     let tracker = Arc::new(Tracker::new(session.guest.clone(), session.layout.clone()));
-    let scan = Arc::new(Scan {
-        layout: session.layout.clone(),
-        tracker: tracker.clone(),
-        control: session.control.clone(),
-        next: AtomicUsize::new(0),
-    });
-    let threads = session.policy.scan_threads();
-    let (unfinished, scanning) = bounded(0);
-    let (helpers, last_set) = bounded(threads);
-    for number in 0..threads {
-        let scanner = Scanner {
-            scan: scan.clone(),
-            queue: queue.clone(),
-            unfinished: unfinished.clone(),
-            last_set: last_set.clone(),
-        };
-        session
-            .capture
-            .spawn(&format!("lvp-scan-{number}"), move || {
-                give_way();
-                scanner.run()
-            })?;
-    }
-    drop(unfinished);
+    let (helpers, scanning) = start_scan(session, &tracker, &queue)?;
     let mut harvester = Harvester::new(
         session.layout.clone(),
         tracker,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::checkpoint::fake::{Call, FakeGuest, Operation};
-use crate::checkpoint::{ClosingReason, Protocol};
+use crate::checkpoint::{CheckpointError, ClosingReason, Protocol};
 use crate::store::{Codec, FileStorage, ImageReader};
 
 fn image_equals_memory(
@@ -65,6 +65,35 @@ fn image_equals_memory_at_the_pause_with_little_staging() {
         };
         image_equals_memory(Protocol::Threaded, 2, Some(pages * 4096), codec, seed);
     }
+}
+
+#[test]
+fn image_equals_memory_at_the_pause_of_precopy() {
+    for (seed, threads) in (1..=4).zip([1, 2, 4].into_iter().cycle()) {
+        image_equals_memory(Protocol::Precopy, threads, None, Codec::None, seed);
+    }
+}
+
+#[test]
+fn precopy_that_does_not_converge_says_so_and_keeps_a_promised_downtime() {
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.options.protocol = Protocol::Precopy;
+    bench.options.downtime_budget = Some(Duration::ZERO);
+    bench.storage.delay_writes(Duration::from_micros(500));
+    let running = bench.guest.run(2, 1);
+    running.assert_progress();
+    let report = bench.checkpoint();
+    bench.assert_image_is_the_moment();
+    assert_eq!(report.statistics.converged, Some(false));
+    assert_ne!(report.statistics.closing, Some(ClosingReason::FitsBudget));
+    bench.options.max_downtime = Some(Duration::from_millis(1));
+    let error = bench.start().wait().unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::NotConverged { limit_ms: 1, .. }),
+        "{error}"
+    );
+    running.assert_progress();
 }
 
 #[test]
