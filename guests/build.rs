@@ -31,6 +31,7 @@ const READ_BY_ALL: &[&str] = &[
     "common/link.ld",
     "common/machine.h",
     "common/runtime.h",
+    "npb/elementary.h",
     "npb/npb.h",
     "pagewriter/pagewriter.h",
 ];
@@ -43,7 +44,13 @@ const PROGRAMS: &[Program] = &[
     },
     Program {
         name: "npb",
-        sources: &["npb/npb.c", "npb/random.c", "npb/cg.c", "npb/mg.c"],
+        sources: &[
+            "npb/npb.c",
+            "npb/random.c",
+            "npb/cg.c",
+            "npb/ep.c",
+            "npb/mg.c",
+        ],
         // The kernels' loops are worth vectorizing.
         flags: &["-O3"],
     },

@@ -103,6 +103,7 @@ fn build_native_npb(name: &str) -> PathBuf {
         "npb/npb.c",
         "npb/random.c",
         "npb/cg.c",
+        "npb/ep.c",
         "npb/mg.c",
     ];
     let status = Command::new("gcc")
@@ -143,6 +144,11 @@ fn check_native_npb(kernel: &str, simd: &str) {
 #[test]
 fn cg_verifies_as_a_host_process() {
     check_native_npb("cg", "auto");
+}
+
+#[test]
+fn ep_verifies_as_a_host_process() {
+    check_native_npb("ep", "auto");
 }
 
 #[test]

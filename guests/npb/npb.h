@@ -23,7 +23,7 @@ struct npb_kernel {
 	void (*run)(struct npb_run *run);
 };
 
-extern const struct npb_kernel npb_cg, npb_mg;
+extern const struct npb_kernel npb_cg, npb_ep, npb_mg;
 
 /* Prints the line that says how far a run is. */
 void npb_progress(unsigned iteration, unsigned iterations);
@@ -47,6 +47,7 @@ static inline void npb_look(void)
 /* The generator that all kernels share: x = a x mod 2^46, as x / 2^46. */
 #define NPB_SEED 314159265ul
 #define NPB_MULTIPLIER 1220703125ul /* 5^13 */
+#define NPB_MODULUS_MASK ((1ul << 46) - 1)
 double randlc(uint64_t *x, uint64_t a);
 
 /* Square root by the SSE instruction; there is no libm. */

@@ -2,11 +2,9 @@
 /* The benchmarks' linear congruential generator. */
 #include "npb.h"
 
-#define MODULUS_MASK ((1ul << 46) - 1)
-
 double randlc(uint64_t *x, uint64_t a)
 {
 	/* The product wraps at 2^64, which leaves its low 46 bits right. */
-	*x = *x * a & MODULUS_MASK;
+	*x = *x * a & NPB_MODULUS_MASK;
 	return (double)*x * 0x1p-46;
 }
