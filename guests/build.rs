@@ -49,6 +49,7 @@ const PROGRAMS: &[Program] = &[
             "npb/random.c",
             "npb/cg.c",
             "npb/ep.c",
+            "npb/is.c",
             "npb/mg.c",
         ],
         // The kernels' loops are worth vectorizing.

@@ -104,6 +104,7 @@ fn build_native_npb(name: &str) -> PathBuf {
         "npb/random.c",
         "npb/cg.c",
         "npb/ep.c",
+        "npb/is.c",
         "npb/mg.c",
     ];
     let status = Command::new("gcc")
@@ -149,6 +150,11 @@ fn cg_verifies_as_a_host_process() {
 #[test]
 fn ep_verifies_as_a_host_process() {
     check_native_npb("ep", "auto");
+}
+
+#[test]
+fn is_verifies_as_a_host_process() {
+    check_native_npb("is", "auto");
 }
 
 #[test]
