@@ -49,6 +49,7 @@ const PROGRAMS: &[Program] = &[
             "npb/random.c",
             "npb/cg.c",
             "npb/ep.c",
+            "npb/ft.c",
             "npb/is.c",
             "npb/mg.c",
         ],

@@ -23,7 +23,7 @@ pub const ALL: &[BuiltinGuest] = &[
     },
     BuiltinGuest {
         name: "npb",
-        about: "NAS Parallel Benchmarks CG, EP, IS and MG, which verify their results",
+        about: "NAS Parallel Benchmarks CG, EP, FT, IS and MG, which verify their results",
         elf: include_bytes!(concat!(env!("OUT_DIR"), "/npb.elf")),
     },
     BuiltinGuest {

@@ -104,6 +104,7 @@ fn build_native_npb(name: &str) -> PathBuf {
         "npb/random.c",
         "npb/cg.c",
         "npb/ep.c",
+        "npb/ft.c",
         "npb/is.c",
         "npb/mg.c",
     ];
@@ -150,6 +151,16 @@ fn cg_verifies_as_a_host_process() {
 #[test]
 fn ep_verifies_as_a_host_process() {
     check_native_npb("ep", "auto");
+}
+
+#[test]
+fn ft_verifies_as_a_host_process() {
+    check_native_npb("ft", "auto");
+}
+
+#[test]
+fn ft_verifies_without_avx2_too() {
+    check_native_npb("ft", "sse2");
 }
 
 #[test]

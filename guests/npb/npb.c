@@ -2,7 +2,7 @@
 /* Runs one kernel as the command line says. */
 #include "npb.h"
 
-static const struct npb_kernel *const kernels[] = {&npb_cg, &npb_ep, &npb_is, &npb_mg};
+static const struct npb_kernel *const kernels[] = {&npb_cg, &npb_ep, &npb_ft, &npb_is, &npb_mg};
 
 static const struct npb_kernel *kernel;
 static char problem_class;

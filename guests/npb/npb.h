@@ -23,7 +23,7 @@ struct npb_kernel {
 	void (*run)(struct npb_run *run);
 };
 
-extern const struct npb_kernel npb_cg, npb_ep, npb_is, npb_mg;
+extern const struct npb_kernel npb_cg, npb_ep, npb_ft, npb_is, npb_mg;
 
 /* Prints the line that says how far a run is. */
 void npb_progress(unsigned iteration, unsigned iterations);
