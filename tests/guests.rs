@@ -1,6 +1,7 @@
 //! The built-in guests as files, and their computations as host processes.
 #![cfg(feature = "cli")]
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -91,17 +92,21 @@ fn both_entries_of_every_guest_are_loaded() {
     }
 }
 
-/// Builds the benchmarks as a host program. A file of its own for each test,
-/// since tests run at the same time.
-fn build_native_npb(name: &str) -> PathBuf {
-    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+fn temporary_file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// Builds the benchmarks as a host program, with the generator of random numbers
+/// that `random` has. A file of its own for each test, since tests run at the
+/// same time.
+fn build_native_npb_with(random: &Path, name: &str) -> PathBuf {
+    let program = temporary_file(name);
     let sources = [
         "native/native.c",
         "common/args.c",
         "common/features.c",
         "common/format.c",
         "npb/npb.c",
-        "npb/random.c",
         "npb/cg.c",
         "npb/ep.c",
         "npb/ft.c",
@@ -110,13 +115,18 @@ fn build_native_npb(name: &str) -> PathBuf {
     ];
     let status = Command::new("gcc")
         .args(["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror"])
-        .args(["-I", "guests/common", "-o"])
+        .args(["-I", "guests/common", "-I", "guests/npb", "-o"])
         .arg(&program)
         .args(sources.map(|source| format!("guests/{source}")))
+        .arg(random)
         .status()
         .expect("gcc is installed");
     assert!(status.success());
     program
+}
+
+fn build_native_npb(name: &str) -> PathBuf {
+    build_native_npb_with(Path::new("guests/npb/random.c"), name)
 }
 
 /// Runs a program; returns whether it succeeded, and what it printed.
@@ -176,6 +186,32 @@ fn mg_verifies_as_a_host_process() {
 #[test]
 fn mg_verifies_without_avx2_too() {
     check_native_npb("mg", "sse2");
+}
+
+/// Other random numbers make another problem, whose result must not pass for
+/// that of the right one.
+#[test]
+fn no_kernel_verifies_a_wrong_result() {
+    let random = temporary_file("wrong-random.c");
+    let generator = r#"
+        #include "npb.h"
+
+        double randlc(uint64_t *x, uint64_t a)
+        {
+            *x = *x * (a + 8) & NPB_MODULUS_MASK;
+            return (double)*x * 0x1p-46;
+        }
+    "#;
+    fs::write(&random, generator).expect("a directory for it");
+    let program = build_native_npb_with(&random, "npb-wrong");
+
+    for kernel in ["cg", "ep", "ft", "is", "mg"] {
+        let (success, text) = run(&program, &[&format!("kernel={kernel}"), "class=S"]);
+
+        assert!(success, "{text}");
+        assert!(text.contains("Verification = UNSUCCESSFUL"), "{text}");
+        assert!(text.contains("\nnpb: done runs=1 failed=1 "), "{text}");
+    }
 }
 
 #[test]
