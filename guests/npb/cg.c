@@ -5,11 +5,10 @@
  * conjugate gradient method. The matrix is a weighted sum of outer products
  * of sparse random vectors.
  */
-#include "npb.h"
+#include "elementary.h"
 
 #define CG_STEPS 25
 #define CONDITION 0.1
-#define LN_CONDITION -2.302585092994045684
 #define TOLERANCE 1e-10
 #define LOOK_ROWS 512 /* of a product: at most 0.1 ms or so */
 #define VECTOR_MAX 16 /* elements of a sparse vector, with its diagonal */
@@ -82,19 +81,6 @@ static void random_vector(struct sparse_vector *vector, uint64_t *seed)
 	}
 }
 
-/* CONDITION^(1 / order): the exponential series of a number near 0. */
-static double weight_ratio(void)
-{
-	double exponent = LN_CONDITION / problem->order;
-	double term = 1, sum = 1;
-
-	for (int i = 1; i < 12; i++) {
-		term *= exponent / i;
-		sum += term;
-	}
-	return sum;
-}
-
 static void add_outer_product(uint64_t *row_end, const struct sparse_vector *vector, uint32_t diagonal, double weight)
 {
 	for (uint32_t i = 0; i < vector->count; i++) {
@@ -148,7 +134,7 @@ static void make_matrix(void)
 	uint64_t *row_end = arena_alloc((order + 1) * sizeof(uint64_t), PAGE_BYTES);
 	uint64_t *seen = arena_alloc(order * sizeof(uint64_t), PAGE_BYTES);
 	uint64_t seed = NPB_SEED, entries = 0;
-	double weight = 1, ratio = weight_ratio();
+	double weight = 1, ratio = exponential(natural_logarithm(CONDITION) / order); /* order-th root */
 
 	row_start = arena_alloc((order + 1) * sizeof(uint64_t), PAGE_BYTES);
 	for (uint32_t i = 0; i <= order; i++)
