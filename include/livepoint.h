@@ -126,6 +126,15 @@ typedef struct {
    * Most bytes a second that are written to the image; 0: no limit. At least 1 MiB.
    */
   uint64_t max_bandwidth;
+  /**
+   * Longest acceptable downtime in microseconds; 0: any. The checkpoint is refused, or fails
+   * with the machine running on, where it cannot be kept.
+   */
+  uint64_t max_downtime_us;
+  /**
+   * Milliseconds that the checkpoint may take; 0: any. It is refused where more are expected.
+   */
+  uint64_t deadline_ms;
 } lvp_checkpoint_options;
 
 /**
@@ -280,6 +289,11 @@ typedef struct {
  * Copy in rounds until the rest fits the downtime: live migration to a file.
  */
 #define LVP_PROTOCOL_PRECOPY 4
+
+/**
+ * LVP_PROTOCOL_THREADED or LVP_PROTOCOL_COW, whichever is expected to cost the guest less.
+ */
+#define LVP_PROTOCOL_AUTO 5
 
 /**
  * Pause to write-protect memory; copy each part of it before its first write.

@@ -74,6 +74,8 @@ pub const LVP_PROTOCOL_STOP: lvp_protocol = 1;
 pub const LVP_PROTOCOL_THREADED: lvp_protocol = 2;
 /// Copy in rounds until the rest fits the downtime: live migration to a file.
 pub const LVP_PROTOCOL_PRECOPY: lvp_protocol = 4;
+/// LVP_PROTOCOL_THREADED or LVP_PROTOCOL_COW, whichever is expected to cost the guest less.
+pub const LVP_PROTOCOL_AUTO: lvp_protocol = 5;
 /// Pause to write-protect memory; copy each part of it before its first write.
 pub const LVP_PROTOCOL_COW: lvp_protocol = 3;
 
@@ -114,10 +116,15 @@ pub struct lvp_checkpoint_options {
     pub reserved: u32,
     /// Most bytes a second that are written to the image; 0: no limit. At least 1 MiB.
     pub max_bandwidth: u64,
+    /// Longest acceptable downtime in microseconds; 0: any. The checkpoint is refused, or fails
+    /// with the machine running on, where it cannot be kept.
+    pub max_downtime_us: u64,
+    /// Milliseconds that the checkpoint may take; 0: any. It is refused where more are expected.
+    pub deadline_ms: u64,
 }
 
-// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 + 8 bytes
-// follow it with no padding.
+// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 + 3 * 8
+// bytes follow it with no padding.
 unsafe impl Options for lvp_checkpoint_options {
     const SIZE_FIRST: usize = 48;
     const DEFAULT: Self = Self {
@@ -131,6 +138,8 @@ unsafe impl Options for lvp_checkpoint_options {
         no_sync: 0,
         reserved: 0,
         max_bandwidth: 0,
+        max_downtime_us: 0,
+        deadline_ms: 0,
     };
 }
 
@@ -141,6 +150,7 @@ impl lvp_checkpoint_options {
             LVP_PROTOCOL_STOP => Protocol::Stop,
             LVP_PROTOCOL_COW => Protocol::Cow,
             LVP_PROTOCOL_PRECOPY => Protocol::Precopy,
+            LVP_PROTOCOL_AUTO => Protocol::Auto,
             other => return Err(Failure::invalid(format!("there is no protocol {other}"))),
         };
         if self.reserved != 0 {
@@ -158,6 +168,8 @@ impl lvp_checkpoint_options {
         }
         request.interval_ms = (self.interval_ms != 0).then_some(u64::from(self.interval_ms));
         request.max_staging_bytes = (self.max_staging_bytes != 0).then_some(self.max_staging_bytes);
+        request.max_downtime_us = (self.max_downtime_us != 0).then_some(self.max_downtime_us);
+        request.deadline_ms = (self.deadline_ms != 0).then_some(self.deadline_ms);
         request.max_bandwidth = (self.max_bandwidth != 0).then_some(self.max_bandwidth);
         request.downtime_budget_us =
             (self.downtime_budget_us != 0).then_some(self.downtime_budget_us);

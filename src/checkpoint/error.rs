@@ -2,7 +2,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::checkpoint::stats::{Statistics, micros};
 use crate::guest::GuestError;
 use crate::store::StoreError;
 
@@ -80,7 +82,28 @@ pub enum CheckpointError {
         #[source]
         source: Arc<io::Error>,
     },
-    /// Pre-copy rounds did not get the rest below the downtime that was allowed.
+    /// The watchdog resumed the guest, because the downtime that was allowed was about to end.
+    #[error(
+        "the guest was resumed after {limit_ms} ms, before its downtime became too long, while {waiting}"
+    )]
+    DowntimeExceeded {
+        /// When it was resumed.
+        limit_ms: u64,
+        /// What the engine was doing.
+        waiting: &'static str,
+    },
+    /// A promise that was asked for cannot be made; nothing was begun.
+    #[error("{promise} of {wanted_ms} ms cannot be promised: {needed_ms} ms are expected")]
+    Refused {
+        /// Name of the option.
+        promise: &'static str,
+        /// What it was.
+        wanted_ms: u64,
+        /// What would be needed.
+        needed_ms: u64,
+    },
+    /// The rounds did not get the rest below the downtime that was allowed. The guest was not
+    /// paused.
     #[error(
         "did not converge: after {rounds} rounds the guest dirties {dirty_pages_per_s} pages a \
          second, and copying the rest would take longer than {limit_ms} ms"
@@ -115,6 +138,16 @@ impl CheckpointError {
     /// Returns whether the caller asked for this end.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Cancelled)
+    }
+
+    /// The rounds of `statistics` did not bring a downtime of `limit` about.
+    pub(crate) fn not_converged(limit: Duration, statistics: &Statistics) -> Self {
+        let last = statistics.rounds.last();
+        Self::NotConverged {
+            limit_ms: micros(limit) / 1000,
+            rounds: statistics.round_count,
+            dirty_pages_per_s: last.map_or(0, |round| round.dirty_pages_per_s),
+        }
     }
 
     pub(crate) fn guest(action: &'static str) -> impl FnOnce(GuestError) -> Self {

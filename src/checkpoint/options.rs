@@ -49,11 +49,23 @@ pub enum Protocol {
     /// Write-protects memory in a short pause and copies each part of it before its first write;
     /// the image is the moment of that pause, at the start.
     Cow,
+    /// `threaded` or `cow`: whichever is expected to cost the guest less, by a sample of its
+    /// writes. The statistics say which, and why.
+    Auto,
 }
 
 impl Protocol {
     /// Every protocol.
-    pub const ALL: [Self; 4] = [Self::Stop, Self::Precopy, Self::Threaded, Self::Cow];
+    pub const ALL: [Self; 5] = [
+        Self::Stop,
+        Self::Precopy,
+        Self::Threaded,
+        Self::Cow,
+        Self::Auto,
+    ];
+
+    /// Every protocol that captures memory itself: all but `auto`.
+    pub const CAPTURING: [Self; 4] = [Self::Stop, Self::Precopy, Self::Threaded, Self::Cow];
 
     /// Returns the protocol's name, as users write it.
     pub fn name(self) -> &'static str {
@@ -62,6 +74,7 @@ impl Protocol {
             Self::Precopy => "precopy",
             Self::Threaded => "threaded",
             Self::Cow => "cow",
+            Self::Auto => "auto",
         }
     }
 }
@@ -82,7 +95,7 @@ impl FromStr for Protocol {
             .ok_or_else(|| CheckpointError::InvalidOption {
                 option: "protocol",
                 value: text.to_owned(),
-                wanted: "stop, precopy, threaded or cow",
+                wanted: "stop, precopy, threaded, cow or auto",
             })
     }
 }
@@ -111,6 +124,9 @@ pub struct CheckpointOptions {
     /// The longest downtime that is acceptable: a checkpoint that cannot keep it is refused or
     /// fails, and the guest runs on.
     pub max_downtime: Option<Duration>,
+    /// How long the checkpoint may take: one that is expected to take longer is refused before
+    /// anything is begun. One that takes longer all the same is completed, and says by how much.
+    pub deadline: Option<Duration>,
     /// The most memory between capture and disk; `None` takes 10 % of the guest's memory, at
     /// least 64 MiB.
     pub max_staging_bytes: Option<u64>,
@@ -139,6 +155,7 @@ impl Default for CheckpointOptions {
             interval: Duration::from_millis(100),
             downtime_budget: None,
             max_downtime: None,
+            deadline: None,
             max_staging_bytes: None,
             max_bandwidth: None,
             pause_limit: Duration::from_secs(1),
@@ -159,6 +176,7 @@ impl fmt::Debug for CheckpointOptions {
             .field("interval", &self.interval)
             .field("downtime_budget", &self.downtime_budget)
             .field("max_downtime", &self.max_downtime)
+            .field("deadline", &self.deadline)
             .field("max_staging_bytes", &self.max_staging_bytes)
             .field("max_bandwidth", &self.max_bandwidth)
             .field("pause_limit", &self.pause_limit)

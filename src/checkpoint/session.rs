@@ -21,6 +21,7 @@ use crate::checkpoint::job::{Job, JobShared, Report};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::options::{CheckpointOptions, Protocol};
 use crate::checkpoint::phase::Phase;
+use crate::checkpoint::plan::{self, Contract};
 use crate::checkpoint::policy::Policy;
 use crate::checkpoint::protocol::{self, Captured};
 use crate::checkpoint::stats::{Downtime, Statistics, micros};
@@ -120,6 +121,13 @@ pub(crate) struct Session {
     image: Option<Arc<ImageWriter>>,
 }
 
+/// Returns when the guest is resumed, so that a promised downtime is kept: resuming takes a little
+/// itself. With a hook in the pause it is not the engine that knows how long that takes.
+fn longest_pause(options: &CheckpointOptions) -> Option<Duration> {
+    let promised = options.max_downtime.filter(|_| options.at_pause.is_none());
+    promised.map(|most| most * 9 / 10)
+}
+
 /// What a pause yields beside memory.
 pub(crate) struct PauseOutcome {
     pub(crate) sections: Vec<StateSection>,
@@ -138,6 +146,7 @@ impl Session {
         let statistics = Statistics {
             protocol: options.protocol,
             memory_bytes: (layout.page_count() * PAGE_BYTES) as u64,
+            contract: Contract::new(&options),
             ..Statistics::default()
         };
         Self {
@@ -146,6 +155,7 @@ impl Session {
                 guest.clone(),
                 job.clone(),
                 options.pause_limit,
+                longest_pause(&options),
             )),
             capture: Crew::new(control.clone(), cpu.clone()),
             writers: Crew::new(control.clone(), cpu.clone()),
@@ -200,6 +210,11 @@ impl Session {
         storage: Arc<dyn Storage>,
         path: PathBuf,
     ) -> Result<CommittedImage, Halt> {
+        plan::make(self, &storage, &path)?;
+        let storage = match self.options.max_bandwidth {
+            Some(rate) => Arc::new(LimitedStorage::new(storage, rate)),
+            None => storage,
+        };
         let image = self.begin_image(storage, path)?;
         self.image = Some(Arc::new(image));
         let captured = protocol::capture(self)?;
@@ -218,10 +233,6 @@ impl Session {
         storage: Arc<dyn Storage>,
         path: PathBuf,
     ) -> Result<ImageWriter, Halt> {
-        let storage = match self.options.max_bandwidth {
-            Some(rate) => Arc::new(LimitedStorage::new(storage, rate)),
-            None => storage,
-        };
         let storage = Arc::new(GatedStorage::new(storage, self.control.gate.clone()));
         let regions = self.layout.for_image();
         let expected_bytes = self.options.check_space.then(|| {
@@ -289,7 +300,7 @@ impl Session {
     }
 
     /// Runs work that may block on storage on a thread that can be abandoned.
-    fn offload<T: Send + 'static>(
+    pub(crate) fn offload<T: Send + 'static>(
         &mut self,
         name: &str,
         work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::checkpoint::options::Protocol;
+use crate::checkpoint::plan::{Contract, Plan};
 use crate::checkpoint::policy::ClosingReason;
 use crate::checkpoint::protocol::ArmingStatistics;
 use crate::checkpoint::stalls::StallStatistics;
@@ -21,6 +22,10 @@ pub struct Statistics {
     pub protocol: Protocol,
     /// Why it was not the protocol that was asked for.
     pub fallback: Option<String>,
+    /// What was known before the start; `None` where nothing depended on it.
+    pub plan: Option<Plan>,
+    /// What was promised, and whether it was kept; the image's own copy has the promises only.
+    pub contract: Contract,
     /// How writes were seen: `kvm-dirty-log`, `userfaultfd-wp`, or `none` where the guest was
     /// paused throughout.
     pub mechanism: &'static str,
@@ -164,6 +169,7 @@ impl Statistics {
         self.total_us = micros(total);
         self.cpu_us = cpu_ns / 1000;
         self.bytes_per_s = per_second(self.memory_bytes, total);
+        self.contract.settle(self.downtime.total_us, self.total_us);
     }
 }
 

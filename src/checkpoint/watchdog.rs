@@ -2,7 +2,8 @@
 //!
 //! Whoever pauses the guest holds a lease and shows signs of life while the pause makes progress.
 //! The watchdog takes the lease away when they stop: it resumes the guest by itself and fails the
-//! checkpoint. A lease is ended once, by its holder or by the watchdog, so that every pause is
+//! checkpoint. It does so as well when the pause as a whole becomes longer than the caller allowed.
+//! A lease is ended once, by its holder or by the watchdog, so that every pause is
 //! followed by exactly one resume.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -25,10 +26,14 @@ pub(crate) struct PauseLease {
     guest: Arc<dyn Guest>,
     job: Arc<JobShared>,
     limit: Duration,
+    /// The longest pause, whatever it does; `None` for any.
+    longest: Option<Duration>,
     state: AtomicU8,
     base: Instant,
     /// Microseconds from `base` to the last sign of life.
     beat_us: AtomicU64,
+    /// Microseconds from `base` to the beginning of the pause.
+    paused_us: AtomicU64,
     watch: Mutex<Watch>,
     changed: Condvar,
 }
@@ -40,14 +45,22 @@ struct Watch {
 }
 
 impl PauseLease {
-    pub(crate) fn new(guest: Arc<dyn Guest>, job: Arc<JobShared>, limit: Duration) -> Self {
+    /// `limit` is for silence, `longest` for the pause as a whole.
+    pub(crate) fn new(
+        guest: Arc<dyn Guest>,
+        job: Arc<JobShared>,
+        limit: Duration,
+        longest: Option<Duration>,
+    ) -> Self {
         Self {
             guest,
             job,
             limit,
+            longest,
             state: AtomicU8::new(IDLE),
             base: Instant::now(),
             beat_us: AtomicU64::new(0),
+            paused_us: AtomicU64::new(0),
             watch: Mutex::new(Watch {
                 waiting: "",
                 session_ended: false,
@@ -59,6 +72,7 @@ impl PauseLease {
     /// Pauses the guest, and resumes it again when the returned value is dropped.
     pub(crate) fn pause(self: &Arc<Self>) -> Result<Pause, Halt> {
         let started = Instant::now();
+        self.paused_us.store(self.now_us(), Ordering::Relaxed);
         let timing = self
             .guest
             .pause()
@@ -80,8 +94,7 @@ impl PauseLease {
 
     /// Shows a sign of life: something of the pause's work was done.
     pub(crate) fn beat(&self) {
-        let now = u64::try_from(self.base.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.beat_us.fetch_max(now, Ordering::Relaxed);
+        self.beat_us.fetch_max(self.now_us(), Ordering::Relaxed);
     }
 
     /// Shows a sign of life, and says what the pause waits for from now on.
@@ -105,16 +118,15 @@ impl PauseLease {
                     .changed
                     .wait(watch)
                     .unwrap_or_else(PoisonError::into_inner),
-                HELD if self.silence() < self.limit => {
-                    let rest = self.limit.saturating_sub(self.silence());
-                    self.wait(watch, rest.max(LOOK_MIN))
-                }
-                HELD => {
-                    let waiting = watch.waiting;
-                    drop(watch);
-                    self.revoke(waiting);
-                    self.wait(self.lock(), self.limit)
-                }
+                HELD => match self.time_left() {
+                    Some(rest) => self.wait(watch, rest.max(LOOK_MIN)),
+                    None => {
+                        let waiting = watch.waiting;
+                        drop(watch);
+                        self.revoke(waiting);
+                        self.wait(self.lock(), self.limit)
+                    }
+                },
                 // Revoked a limit ago, and the session has not ended: it is stuck itself.
                 _ => {
                     drop(watch);
@@ -132,17 +144,37 @@ impl PauseLease {
             .0
     }
 
-    fn silence(&self) -> Duration {
-        let beat = Duration::from_micros(self.beat_us.load(Ordering::Relaxed));
-        self.base.elapsed().saturating_sub(beat)
+    /// Returns how long the pause may go on without a sign of life; `None` where it must end.
+    fn time_left(&self) -> Option<Duration> {
+        let since = |us: &AtomicU64| {
+            let then = us.load(Ordering::Relaxed);
+            Duration::from_micros(self.now_us().saturating_sub(then))
+        };
+        let silence = self.limit.checked_sub(since(&self.beat_us));
+        let whole = match self.longest {
+            Some(longest) => longest.checked_sub(since(&self.paused_us)),
+            None => Some(Duration::MAX),
+        };
+        Some(silence?.min(whole?)).filter(|left| !left.is_zero())
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.base.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     /// Resumes the guest first, and only then does anything else.
     fn revoke(&self, waiting: &'static str) {
         if self.end(REVOKED) {
-            self.job.control.fail(CheckpointError::PauseExpired {
-                limit_ms: u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX),
-                waiting,
+            let paused = self.now_us() - self.paused_us.load(Ordering::Relaxed);
+            let too_long = self
+                .longest
+                .filter(|longest| paused >= u64::try_from(longest.as_micros()).unwrap_or(u64::MAX));
+            let limit = too_long.unwrap_or(self.limit);
+            let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            self.job.control.fail(if too_long.is_some() {
+                CheckpointError::DowntimeExceeded { limit_ms, waiting }
+            } else {
+                CheckpointError::PauseExpired { limit_ms, waiting }
             });
         }
     }

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -152,6 +153,12 @@ pub(super) struct CheckpointArgs {
     /// Most memory for staged copies, as in 512M [default: 10 % of the guest's, 64 MiB at least].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_staging: Option<u64>,
+    /// Longest acceptable downtime, as in 5ms; refused or failed where it cannot be kept.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub max_downtime: Option<Duration>,
+    /// How long the checkpoint may take, as in 30s; refused where it is expected to take longer.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
     /// Most bytes a second to write to the image, as in 200M [default: no limit].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_bandwidth: Option<u64>,
@@ -173,6 +180,8 @@ pub(super) enum ProtocolArg {
     Threaded,
     /// Pause to write-protect memory; copy each part before its first write.
     Cow,
+    /// Threaded or cow, whichever is expected to cost the guest less.
+    Auto,
 }
 
 impl From<ProtocolArg> for Protocol {
@@ -182,6 +191,7 @@ impl From<ProtocolArg> for Protocol {
             ProtocolArg::Precopy => Self::Precopy,
             ProtocolArg::Threaded => Self::Threaded,
             ProtocolArg::Cow => Self::Cow,
+            ProtocolArg::Auto => Self::Auto,
         }
     }
 }
@@ -228,6 +238,14 @@ pub(super) struct BenchArgs {
     pub runs: u32,
 }
 
+/// Parses a length of time such as 5ms or 1.5s.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time: jiff::SignedDuration = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not a time such as 5ms"))?;
+    Duration::try_from(time).map_err(|_| format!("{text:?} is negative"))
+}
+
 /// Parses a size in bytes with an optional binary suffix: K, M, G or T.
 fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.chars().last().map(|last| last.to_ascii_uppercase()) {
@@ -253,6 +271,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn times_take_units() {
+        assert_eq!(parse_time("5ms"), Ok(Duration::from_millis(5)));
+        assert_eq!(parse_time("1.5s"), Ok(Duration::from_millis(1500)));
+        assert!(parse_time("5").is_err());
+        assert!(parse_time("-5ms").is_err());
     }
 
     #[test]

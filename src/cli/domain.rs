@@ -121,10 +121,16 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.threads = args.threads.map(ThreadCount::new).transpose()?;
     request.interval_ms = args.interval;
     request.max_staging_bytes = args.max_staging;
+    request.max_downtime_us = args.max_downtime.map(to_micros);
+    request.deadline_ms = args.deadline.map(|time| to_micros(time).div_ceil(1000));
     request.max_bandwidth = args.max_bandwidth;
     request.downtime_budget_us = args.downtime_budget;
     request.durable = !args.no_sync;
     Ok(request)
+}
+
+fn to_micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {

@@ -382,6 +382,8 @@ impl Domain {
             durable: request.durable,
             threads: request.threads.map(|threads| threads.get()),
             max_staging_bytes: request.max_staging_bytes,
+            max_downtime: request.max_downtime_us.map(Duration::from_micros),
+            deadline: request.deadline_ms.map(Duration::from_millis),
             max_bandwidth: request.max_bandwidth,
             workspace: self.workspace.clone(),
             ..CheckpointOptions::default()

@@ -259,9 +259,10 @@ fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
         CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,
         CheckpointError::PauseExpired { .. } => ErrorCode::Timeout,
         CheckpointError::Protection { .. } => ErrorCode::Host,
-        CheckpointError::StallExpired { .. } | CheckpointError::NotConverged { .. } => {
-            ErrorCode::Timeout
-        }
+        CheckpointError::StallExpired { .. }
+        | CheckpointError::DowntimeExceeded { .. }
+        | CheckpointError::Refused { .. }
+        | CheckpointError::NotConverged { .. } => ErrorCode::Timeout,
         CheckpointError::Panicked { .. } => ErrorCode::Internal,
     }
 }

@@ -73,6 +73,12 @@ pub struct CheckpointRequest {
     /// Most bytes of memory for staged copies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_staging_bytes: Option<u64>,
+    /// Longest acceptable downtime in microseconds: refused, or failed, where it cannot be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_downtime_us: Option<u64>,
+    /// Milliseconds that the checkpoint may take: refused where more are expected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
     /// Most bytes a second that are written to the image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bandwidth: Option<u64>,
@@ -122,6 +128,8 @@ impl CheckpointRequest {
             threads: None,
             interval_ms: None,
             max_staging_bytes: None,
+            max_downtime_us: None,
+            deadline_ms: None,
             max_bandwidth: None,
             downtime_budget_us: None,
             durable: default_durable(),

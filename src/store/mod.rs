@@ -18,6 +18,7 @@ mod format;
 mod index;
 mod manifest;
 mod options;
+mod probe;
 mod reader;
 mod space;
 mod tripwires;
@@ -37,6 +38,7 @@ pub use format::{
 pub use index::EPOCH_MAX;
 pub use manifest::{GuestFacts, Manifest, ManifestFacts};
 pub use options::{RegionLayout, WriteOptions};
+pub use probe::probe_rate;
 pub use reader::{ChunkRun, ImageReader, ReadScratch};
 pub use space::{ensure_free, estimate_bytes};
 pub use verify::{ChunkCounts, ImageSummary, SectionSummary, VerifyReport};

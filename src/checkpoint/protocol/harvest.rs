@@ -9,9 +9,9 @@ use crossbeam_channel::{Receiver, Sender, select};
 
 use crate::checkpoint::capture::{LastSet, PageCopy, Staged, Staging, slot_offset};
 use crate::checkpoint::control::Control;
-use crate::checkpoint::error::Halt;
+use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, PIECE};
-use crate::checkpoint::policy::{Closing, PageCost, Policy};
+use crate::checkpoint::policy::{Closing, ClosingReason, PageCost, Policy};
 use crate::checkpoint::stats::{Round, Statistics, micros, per_second};
 use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
@@ -86,6 +86,15 @@ impl Harvester {
             }
             self.round(WhenFull::Defer)?;
         }
+    }
+
+    /// Returns whether the last set can be copied within the downtime budget.
+    pub(super) fn is_small(&self) -> bool {
+        self.statistics.closing == Some(ClosingReason::FitsBudget)
+    }
+
+    pub(super) fn not_converged(&self, limit: Duration) -> CheckpointError {
+        CheckpointError::not_converged(limit, &self.statistics)
     }
 
     /// Harvests without a pause between, as long as the last set shrinks and is too large.

@@ -34,6 +34,7 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         Protocol::Stop => stop::capture(session),
         Protocol::Precopy => precopy::capture(session),
         Protocol::Threaded => threaded::capture(session),
+        Protocol::Auto => unreachable!("the plan has chosen"),
         Protocol::Cow => match cow::prepare(session) {
             Ok(protection) => cow::capture(session, protection),
             Err(reason) => fall_back(session, &reason),

@@ -49,7 +49,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     let converged = rounds.statistics.closing == Some(ClosingReason::FitsBudget);
     session.statistics.converged = Some(converged);
     if let (false, Some(limit)) = (converged, session.options.max_downtime) {
-        return Err(rounds.not_converged(limit).into());
+        return Err(CheckpointError::not_converged(limit, &rounds.statistics).into());
     }
     let lease = session.lease.clone();
     let pause = session.in_pause(|_| rounds.last(&lease))?;
@@ -175,15 +175,6 @@ impl Rounds {
         });
         self.last_round = began;
         Ok(())
-    }
-
-    fn not_converged(&self, limit: Duration) -> CheckpointError {
-        let last = self.statistics.rounds.last();
-        CheckpointError::NotConverged {
-            limit_ms: micros(limit) / 1000,
-            rounds: self.statistics.round_count,
-            dirty_pages_per_s: last.map_or(0, |round| round.dirty_pages_per_s),
-        }
     }
 }
 

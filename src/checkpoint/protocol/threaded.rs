@@ -46,6 +46,9 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     let logging = Logging::start(session.guest.clone())?;
     session.job.enter(Phase::Live)?;
     let (helpers, mut harvester) = live(session, queue, staging)?;
+    if let (Some(limit), false) = (session.options.max_downtime, harvester.is_small()) {
+        return Err(harvester.not_converged(limit).into());
+    }
     let lease = session.lease.clone();
     let pause = session.in_pause(|_| harvester.capture_last(&lease, &helpers))?;
     let resumed = Instant::now();

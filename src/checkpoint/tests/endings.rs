@@ -104,7 +104,7 @@ fn cancel_while_draining_leaves_the_guest_running_and_no_file() {
 
 #[test]
 fn cancel_while_committing_leaves_the_guest_running_and_no_file() {
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         cancel_is_prompt_in(Phase::Committing, protocol, |bench| {
             bench.storage.block(Operation::Sync);
         });
@@ -152,7 +152,7 @@ fn fails(bench: &Bench) -> CheckpointError {
 
 #[test]
 fn a_blocked_storage_never_leaves_the_guest_paused() {
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         let mut bench = Bench::new();
         bench.guest.fill();
         bench.options.protocol = protocol;
@@ -215,7 +215,7 @@ fn a_session_that_hangs_in_the_guests_own_code_is_ended_by_the_watchdog() {
 
 #[test]
 fn a_full_disk_fails_the_checkpoint_and_not_the_guest() {
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         for good_writes in [0, 3] {
             let mut bench = Bench::new();
             bench.guest.fill();
@@ -271,7 +271,7 @@ fn a_panicking_thread_fails_the_checkpoint_and_the_guest_runs_on() {
 
 #[test]
 fn a_panic_in_the_pause_resumes_the_guest() {
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         let mut bench = Bench::new();
         bench.guest.fill();
         bench.options.protocol = protocol;

@@ -1,6 +1,7 @@
 //! The engine on a guest that races it.
 
 mod captured_moment;
+mod contract;
 mod cost;
 mod endings;
 mod resources;

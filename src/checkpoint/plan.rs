@@ -1,0 +1,408 @@
+//! Before the start: what a checkpoint will cost, which protocol takes it, and what cannot be
+//! promised.
+//!
+//! Nothing of the guest is paused here. The guest's writes are sampled by its dirty log: a few
+//! hundred pages are re-armed, and some milliseconds later the log tells how many of them were
+//! written, and where.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::checkpoint::capture::touched_pages;
+use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::layout::{Layout, PIECE};
+use crate::checkpoint::options::{CheckpointOptions, Protocol};
+use crate::checkpoint::policy::Policy;
+use crate::checkpoint::session::Session;
+use crate::checkpoint::stats::{micros, per_second};
+use crate::checkpoint::tracker::{Logging, WriteProtection};
+use crate::page::{PAGE_BYTES, PIECE_BYTES, WINDOW_PAGES, bitmap_words};
+use crate::store::{Storage, probe_rate};
+
+/// Windows of 64 pages that are sampled: re-arming more than this would slow the guest by more
+/// than the answer is worth (a fault each on hardware costs a microsecond, in software three).
+const SAMPLE_WINDOWS: usize = 24;
+
+/// How long the sampled pages are watched.
+const SAMPLE_TIME: Duration = Duration::from_millis(10);
+
+/// What stopping vCPUs and saving their state takes at least, with some room for a busy host.
+const DOWNTIME_FLOOR: Duration = Duration::from_micros(1000);
+
+/// What each vCPU adds to it.
+const DOWNTIME_FLOOR_VCPU: Duration = Duration::from_micros(200);
+
+/// What a checkpoint takes beside capturing and writing memory.
+const FIXED_TIME: Duration = Duration::from_millis(300);
+
+/// Estimated times of writing are taken this much longer, in quarters: disks waver.
+const CAUTION_QUARTERS: u32 = 6;
+
+/// What a write fault costs the guest that is answered by copying a piece (`cow`), of which a
+/// third never happen because the sweep comes first.
+const PIECE_FAULT: Duration = Duration::from_micros(170);
+
+/// What a write to a page costs that the dirty log has re-armed (`threaded`).
+const PAGE_FAULT: Duration = Duration::from_nanos(2600);
+
+/// Bytes a second that the sweep copies, and the share of its speed that the guest loses then.
+const SWEEP_BYTES_PER_S: u64 = 8_000_000_000;
+const SWEEP_SLOWDOWN_PERCENT: u32 = 35;
+
+/// Harvests that follow the scan of `threaded` in the mean.
+const CLOSING_ROUNDS: u64 = 3;
+
+/// What was found out and chosen before the start.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Plan {
+    /// Why the protocol was chosen, where the choice was left to us.
+    pub reason: Option<&'static str>,
+    /// Pages that hold anything.
+    pub touched_pages: u64,
+    /// Pages that the guest wrote a second, by the sample; `None` where it was not taken.
+    pub dirty_pages_per_s: Option<u64>,
+    /// Of a thousand stretches of 256 KiB, in how many the guest wrote in 10 ms.
+    pub written_stretches_permille: Option<u64>,
+    /// Bytes a second that the storage is expected to take; `None` where nothing depends on it.
+    pub write_bytes_per_s: Option<u64>,
+    /// Work that the guest is expected to lose to `threaded`.
+    pub threaded_lost_us: Option<u64>,
+    /// Work that the guest is expected to lose to `cow`; `None` where `cow` is not possible.
+    pub cow_lost_us: Option<u64>,
+    /// How long the checkpoint is expected to take; `None` without a deadline.
+    pub expected_us: Option<u64>,
+}
+
+/// What was promised and what came of it.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Contract {
+    /// The longest downtime.
+    pub max_downtime_us: Option<u64>,
+    /// The longest time until the image is whole.
+    pub deadline_us: Option<u64>,
+    /// The most memory for staged copies.
+    pub max_staging_bytes: Option<u64>,
+    /// The most bytes a second written.
+    pub max_bandwidth: Option<u64>,
+    /// Whether all of it was kept. 0 of the figures below where it was.
+    pub kept: bool,
+    /// By how much the downtime was longer.
+    pub downtime_missed_us: u64,
+    /// By how much the deadline was missed.
+    pub deadline_missed_us: u64,
+}
+
+impl Contract {
+    pub(crate) fn new(options: &CheckpointOptions) -> Self {
+        Self {
+            max_downtime_us: options.max_downtime.map(micros),
+            deadline_us: options.deadline.map(micros),
+            max_staging_bytes: options.max_staging_bytes,
+            max_bandwidth: options.max_bandwidth,
+            ..Self::default()
+        }
+    }
+
+    /// Compares what was promised with what came out. Staging and bandwidth are kept by what
+    /// they are made of.
+    pub(crate) fn settle(&mut self, downtime_us: u64, total_us: u64) {
+        let missed = |took: u64, promised: Option<u64>| {
+            promised.map_or(0, |promised| took.saturating_sub(promised))
+        };
+        self.downtime_missed_us = missed(downtime_us, self.max_downtime_us);
+        self.deadline_missed_us = missed(total_us, self.deadline_us);
+        self.kept = self.downtime_missed_us == 0 && self.deadline_missed_us == 0;
+    }
+}
+
+/// How the guest writes, by a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Writes {
+    pages_per_s: u64,
+    stretches_permille: u64,
+}
+
+/// Chooses the protocol, and refuses what cannot be promised.
+pub(crate) fn make(
+    session: &mut Session,
+    storage: &Arc<dyn Storage>,
+    path: &Path,
+) -> Result<(), Halt> {
+    let options = &session.options;
+    let chooses = options.protocol == Protocol::Auto;
+    if !chooses && options.max_downtime.is_none() && options.deadline.is_none() {
+        return Ok(());
+    }
+    refuse_short_downtime(session)?;
+    let control = session.control.clone();
+    let mut plan = Plan {
+        touched_pages: touched_pages(&session.layout, || control.check().is_ok()),
+        ..Plan::default()
+    };
+    control.check()?;
+    let depends_on_writes = chooses || options.protocol == Protocol::Precopy;
+    if depends_on_writes {
+        let writes = sample_writes(session)?;
+        plan.dirty_pages_per_s = Some(writes.pages_per_s);
+        plan.written_stretches_permille = Some(writes.stretches_permille);
+    }
+    let depends_on_disk =
+        depends_on_writes || options.deadline.is_some() || options.protocol == Protocol::Stop;
+    if depends_on_disk {
+        plan.write_bytes_per_s = Some(write_rate(session, storage, path)?);
+    }
+    if chooses {
+        session.options.protocol = choose(session, &mut plan);
+        session.statistics.protocol = session.options.protocol;
+        session.policy = Policy::new(&session.options, session.layout.page_count());
+    }
+    refuse(session, &mut plan)?;
+    session.statistics.plan = Some(plan);
+    Ok(())
+}
+
+/// Refuses a downtime that stopping the vCPUs alone may exceed.
+fn refuse_short_downtime(session: &Session) -> Result<(), CheckpointError> {
+    let vcpus = session.guest.describe().vcpu_count;
+    let floor = DOWNTIME_FLOOR + DOWNTIME_FLOOR_VCPU * vcpus;
+    match session.options.max_downtime {
+        Some(most) if most < floor => Err(refused("max_downtime", most, floor)),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what the protocol will not keep, by what is known of guest and disk.
+fn refuse(session: &Session, plan: &mut Plan) -> Result<(), CheckpointError> {
+    let options = &session.options;
+    let bytes = plan.touched_pages * PAGE_BYTES as u64;
+    let rate = plan.write_bytes_per_s.unwrap_or(u64::MAX);
+    let writing = time_for(bytes, rate) * CAUTION_QUARTERS / 4;
+    if let Some(deadline) = options.deadline {
+        let expected = FIXED_TIME + writing;
+        plan.expected_us = Some(micros(expected));
+        if expected > deadline {
+            return Err(refused("deadline", deadline, expected));
+        }
+    }
+    let Some(most) = options.max_downtime else {
+        return Ok(());
+    };
+    match options.protocol {
+        Protocol::Stop if writing > most => Err(refused("max_downtime", most, writing)),
+        Protocol::Precopy => {
+            let dirtied = plan.dirty_pages_per_s.unwrap_or(0) * PAGE_BYTES as u64;
+            // What is dirty when memory has been sent once never becomes less.
+            let rest = time_for(dirtied.min(bytes), rate);
+            if dirtied >= rate && rest > most {
+                return Err(refused("max_downtime", most, rest));
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn refused(promise: &'static str, wanted: Duration, needed: Duration) -> CheckpointError {
+    CheckpointError::Refused {
+        promise,
+        wanted_ms: micros(wanted) / 1000,
+        needed_ms: micros(needed).div_ceil(1000),
+    }
+}
+
+/// Takes what is expected to cost the guest least.
+fn choose(session: &Session, plan: &mut Plan) -> Protocol {
+    let threaded = threaded_lost(plan);
+    plan.threaded_lost_us = Some(micros(threaded));
+    // Takes charge of memory and gives it up again: tells whether `cow` is possible.
+    if WriteProtection::new(session.layout.clone()).is_err() {
+        plan.reason = Some("write protection is not possible here");
+        return Protocol::Threaded;
+    }
+    let cow = cow_lost(session, plan);
+    plan.cow_lost_us = Some(micros(cow));
+    if cow <= threaded {
+        plan.reason = Some("the guest loses less work to copies before its writes");
+        Protocol::Cow
+    } else {
+        plan.reason = Some("the guest loses less work to a log of its writes");
+        Protocol::Threaded
+    }
+}
+
+/// Faults at re-armed pages: in each interval of the scan, and in the harvests that follow.
+fn threaded_lost(plan: &Plan) -> Duration {
+    const INTERVALS_PER_S: u64 = 10;
+    let rate = plan.write_bytes_per_s.unwrap_or(u64::MAX);
+    let writing = time_for(plan.touched_pages * PAGE_BYTES as u64, rate);
+    let intervals = micros(writing) * INTERVALS_PER_S / 1_000_000 + CLOSING_ROUNDS;
+    let in_interval = plan.dirty_pages_per_s.unwrap_or(0) / INTERVALS_PER_S;
+    let pages = in_interval
+        .min(plan.touched_pages)
+        .saturating_mul(intervals);
+    scaled(PAGE_FAULT, pages)
+}
+
+/// Faults at protected pieces, the sweep's share of memory, and waits for the disk where staging
+/// is too small for what is written.
+fn cow_lost(session: &Session, plan: &Plan) -> Duration {
+    let touched_bytes = plan.touched_pages * PAGE_BYTES as u64;
+    let pieces = plan.touched_pages.div_ceil(PIECE as u64);
+    let written = pieces * plan.written_stretches_permille.unwrap_or(0) / 1000;
+    let faults = scaled(PIECE_FAULT, written * 2 / 3);
+    let sweep = time_for(touched_bytes, SWEEP_BYTES_PER_S) * SWEEP_SLOWDOWN_PERCENT / 100;
+    let staging = (session.policy.staging_slots * PAGE_BYTES) as u64;
+    let beyond = if staging >= touched_bytes {
+        0
+    } else {
+        (written * PIECE_BYTES as u64).saturating_sub(staging)
+    };
+    let rate = plan.write_bytes_per_s.unwrap_or(u64::MAX);
+    faults + sweep + time_for(beyond, rate)
+}
+
+fn scaled(each: Duration, count: u64) -> Duration {
+    let ns = each.as_nanos() * u128::from(count);
+    Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX))
+}
+
+fn time_for(bytes: u64, bytes_per_s: u64) -> Duration {
+    let ns = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_s.max(1));
+    Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX))
+}
+
+/// Measures what the storage takes, up to the cap on bandwidth.
+fn write_rate(session: &mut Session, storage: &Arc<dyn Storage>, path: &Path) -> Result<u64, Halt> {
+    let durable = session.options.durable;
+    let cap = session.options.max_bandwidth.unwrap_or(u64::MAX);
+    let (storage, path) = (storage.clone(), path.to_owned());
+    // On a thread that can be abandoned: the disk may not answer.
+    let measured = session.offload("lvp-probe", move || {
+        probe_rate(storage.as_ref(), &path, durable).map_err(CheckpointError::store("begin"))
+    })?;
+    Ok(measured.min(cap))
+}
+
+/// Watches some windows of the guest's memory for a moment.
+fn sample_writes(session: &Session) -> Result<Writes, Halt> {
+    let windows = sample_windows(&session.layout);
+    let logging = Logging::start(session.guest.clone())?;
+    let log = session.guest.dirty_log();
+    for window in &windows {
+        log.rearm(window.slot, window.first_page, window.pages, &[u64::MAX])
+            .map_err(CheckpointError::dirty_log("re-arm"))?;
+    }
+    let began = Instant::now();
+    thread::sleep(SAMPLE_TIME);
+    let took = began.elapsed();
+    let (mut written, mut stretches, mut seen) = (0, 0, 0);
+    for place in session.layout.regions() {
+        let mut bits = vec![0; bitmap_words(place.page_count as u64)];
+        log.fetch(place.slot, &mut bits)
+            .map_err(CheckpointError::dirty_log("fetch"))?;
+        for window in windows.iter().filter(|window| window.slot == place.slot) {
+            let word = usize::try_from(window.first_page / 64).expect("memory is mapped");
+            let dirty = bits[word] & window.mask();
+            written += u64::from(dirty.count_ones());
+            stretches += u64::from(dirty != 0);
+            seen += window.pages;
+        }
+    }
+    logging.stop()?;
+    session.control.check()?;
+    // Of those sampled, so of all: the windows are spread evenly.
+    let all = session.layout.page_count() as u64;
+    let written_of_all = (written * all).checked_div(seen).unwrap_or(0);
+    Ok(Writes {
+        pages_per_s: per_second(written_of_all, took),
+        stretches_permille: (stretches * 1000)
+            .checked_div(windows.len() as u64)
+            .unwrap_or(0),
+    })
+}
+
+/// 64 pages, or fewer at the end of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SampleWindow {
+    slot: u32,
+    first_page: u64,
+    pages: u64,
+}
+
+impl SampleWindow {
+    fn mask(&self) -> u64 {
+        u64::MAX >> (WINDOW_PAGES - self.pages)
+    }
+}
+
+/// Returns windows that are spread evenly over memory, each in another piece.
+fn sample_windows(layout: &Layout) -> Vec<SampleWindow> {
+    let pieces: Vec<_> = layout.pieces().collect();
+    let step = pieces.len().div_ceil(SAMPLE_WINDOWS).max(1);
+    let sampled = pieces.iter().enumerate().skip(step / 2).step_by(step);
+    sampled
+        .map(|(number, piece)| {
+            let place = &layout.regions()[piece.region];
+            // Not always the same part of a piece.
+            let windows = piece.page_count.div_ceil(64);
+            let first_page = piece.first_page + number % windows * 64;
+            SampleWindow {
+                slot: place.slot,
+                first_page: first_page as u64,
+                pages: (place.page_count - first_page).min(64) as u64,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::fake::FakeGuest;
+    use crate::guest::Guest;
+
+    #[test]
+    fn sampled_windows_are_spread_and_inside_their_regions() {
+        let guest = FakeGuest::new(&[100, 512 * 90 + 7, 512 * 40], 0);
+        let layout = Layout::new(guest.regions());
+        let windows = sample_windows(&layout);
+        assert!((SAMPLE_WINDOWS / 2..=SAMPLE_WINDOWS).contains(&windows.len()));
+        for window in &windows {
+            let place = &layout.regions()[window.slot as usize];
+            assert_eq!(window.first_page % 64, 0);
+            assert!(window.first_page + window.pages <= place.page_count as u64);
+            assert!(window.pages > 0 && window.mask() != 0);
+        }
+        let slots: Vec<_> = windows.iter().map(|window| window.slot).collect();
+        assert!(slots.contains(&1) && slots.contains(&2));
+    }
+
+    #[test]
+    fn times_of_no_rate_and_of_any_size_are_finite() {
+        assert_eq!(time_for(1_000_000, 1_000_000), Duration::from_secs(1));
+        assert!(time_for(u64::MAX, 0) > Duration::from_secs(1 << 30));
+        assert_eq!(time_for(0, 0), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_was_missed_is_told() {
+        let options = CheckpointOptions {
+            max_downtime: Some(Duration::from_millis(2)),
+            deadline: Some(Duration::from_secs(1)),
+            ..CheckpointOptions::default()
+        };
+        let mut contract = Contract::new(&options);
+        contract.settle(2000, 1_000_000);
+        assert!(contract.kept);
+        contract.settle(2001, 1_500_000);
+        assert!(!contract.kept);
+        assert_eq!(contract.downtime_missed_us, 1);
+        assert_eq!(contract.deadline_missed_us, 500_000);
+    }
+}
