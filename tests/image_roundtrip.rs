@@ -537,3 +537,84 @@ fn the_manifest_is_json_at_the_end_of_the_file() {
     assert_eq!(manifest["statistics"]["downtime_us"], 1234);
     assert_eq!(manifest["parent"], serde_json::Value::Null);
 }
+
+#[test]
+fn an_image_written_over_a_spare_file_is_whole_and_the_spare_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, spare) = (dir.path().join("image.lpi"), dir.path().join("old"));
+    for spare_bytes in [0, 100, 20 << 20] {
+        std::fs::write(&spare, vec![0xee_u8; spare_bytes]).unwrap();
+        let options = WriteOptions {
+            spare: Some(spare.clone()),
+            ..WriteOptions::default()
+        };
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage);
+        let regions = [RegionLayout {
+            slot: 0,
+            start: Gfn(0),
+            page_count: 600,
+        }];
+        let writer = ImageWriter::create(storage, &path, &regions, &options).unwrap();
+        assert!(!spare.exists());
+        writer
+            .record_zero(
+                0,
+                PageRun {
+                    start: Gfn(0),
+                    page_count: 600,
+                },
+            )
+            .unwrap();
+        let frames = [Gfn(7)];
+        let pages = ChunkPages {
+            epoch: 1,
+            frames: &frames,
+            data: &[5; PAGE_BYTES],
+        };
+        writer
+            .write_chunk(pages, &mut ChunkScratch::default())
+            .unwrap();
+        let image = writer.commit(facts()).unwrap();
+        let length = std::fs::metadata(&path).unwrap().len();
+        assert_eq!(length, image.image_bytes);
+        ImageReader::open(&FileStorage, &path)
+            .unwrap()
+            .verify(1)
+            .unwrap();
+    }
+    let names = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(names, 1);
+}
+
+#[test]
+fn a_spare_file_that_somebody_reads_or_that_is_elsewhere_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.lpi");
+    let create = |spare: &std::path::Path| {
+        let options = WriteOptions {
+            spare: Some(spare.to_owned()),
+            ..WriteOptions::default()
+        };
+        let regions = [RegionLayout {
+            slot: 0,
+            start: Gfn(0),
+            page_count: 1,
+        }];
+        ImageWriter::create(Arc::new(FileStorage), &path, &regions, &options)
+    };
+    let spare = dir.path().join("spare");
+    std::fs::write(&spare, "kept").unwrap();
+    let reader = FileStorage.open(&spare).unwrap();
+    assert!(reader.try_lock(livepoint::store::LockKind::Shared).unwrap());
+    assert!(matches!(create(&spare), Err(StoreError::InUse { .. })));
+    drop(reader);
+    let other = tempfile::tempdir().unwrap();
+    let elsewhere = other.path().join("spare");
+    std::fs::write(&elsewhere, "kept").unwrap();
+    assert!(create(&elsewhere).is_err());
+    for file in [&spare, &elsewhere] {
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "kept");
+    }
+    // One that is not there is no error.
+    create(&dir.path().join("none")).unwrap();
+}

@@ -39,7 +39,8 @@ impl CommitGate {
     }
 }
 
-/// Storage whose renames pass the gate. An image is renamed once, by its commit.
+/// Storage whose renames pass the gate. An image is renamed once, by its commit; a spare file that
+/// is taken over is not renamed by [`Storage::rename`].
 #[derive(Debug)]
 pub(crate) struct GatedStorage {
     inner: Arc<dyn Storage>,
@@ -55,6 +56,10 @@ impl GatedStorage {
 impl Storage for GatedStorage {
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         self.inner.create_new(path)
+    }
+
+    fn take_over(&self, spare: &Path, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        self.inner.take_over(spare, path)
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {

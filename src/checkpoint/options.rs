@@ -1,6 +1,7 @@
 //! What the caller chooses.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,6 +136,9 @@ pub struct CheckpointOptions {
     /// The watchdog resumes the guest, and fails the checkpoint, when a pause shows no sign of
     /// life for this long.
     pub pause_limit: Duration,
+    /// A file in the image's directory that is given up and written over: faster than new room.
+    /// Gone whatever becomes of the checkpoint.
+    pub spare: Option<PathBuf>,
     /// Fails the start where the file system has less room than the touched pages may take.
     pub check_space: bool,
     /// Runs inside the pause, after the last pages are captured and while nothing runs; its time
@@ -159,6 +163,7 @@ impl Default for CheckpointOptions {
             max_staging_bytes: None,
             max_bandwidth: None,
             pause_limit: Duration::from_secs(1),
+            spare: None,
             check_space: true,
             at_pause: None,
             workspace: Workspace::default(),

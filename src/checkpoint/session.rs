@@ -115,6 +115,8 @@ pub(crate) struct Session {
     pub(crate) writers: Crew,
     pub(crate) tally: Arc<Tally>,
     pub(crate) statistics: Statistics,
+    /// The pause, as far as it is known when it ends.
+    pause: Option<PauseTimes>,
     /// CPU time of the threads that have ended, in nanoseconds.
     cpu: Arc<AtomicU64>,
     /// Held here to the end, so that its removal never blocks this thread.
@@ -126,6 +128,15 @@ pub(crate) struct Session {
 fn longest_pause(options: &CheckpointOptions) -> Option<Duration> {
     let promised = options.max_downtime.filter(|_| options.at_pause.is_none());
     promised.map(|most| most * 9 / 10)
+}
+
+/// When a pause began and ended.
+#[derive(Clone, Copy, Debug)]
+struct PauseTimes {
+    started: Instant,
+    /// Just before the resume.
+    resuming: Instant,
+    hook: Duration,
 }
 
 /// What a pause yields beside memory.
@@ -167,6 +178,7 @@ impl Session {
             control,
             statistics,
             cpu,
+            pause: None,
             image: None,
         }
     }
@@ -235,7 +247,9 @@ impl Session {
     ) -> Result<ImageWriter, Halt> {
         let storage = Arc::new(GatedStorage::new(storage, self.control.gate.clone()));
         let regions = self.layout.for_image();
-        let expected_bytes = self.options.check_space.then(|| {
+        // What a spare file frees is as much as it is likely to need.
+        let check_space = self.options.check_space && self.options.spare.is_none();
+        let expected_bytes = check_space.then(|| {
             let touched = touched_pages(&self.layout, || self.control.check().is_ok());
             estimate_bytes(touched)
         });
@@ -243,6 +257,7 @@ impl Session {
         let options = WriteOptions {
             codec: self.options.codec,
             durable: self.options.durable,
+            spare: self.options.spare.clone(),
             guest_waits: self.options.protocol == Protocol::Stop,
             expected_bytes,
         };
@@ -259,6 +274,7 @@ impl Session {
         let pages = self.layout.page_count() as u64;
         self.statistics.written = self.tally.totals(pages);
         self.statistics.untouched_pages = self.tally.untouched_pages();
+        self.ask_vcpus();
         self.finish_statistics();
         let statistics =
             serde_json::to_value(&self.statistics).expect("numbers and names encode as JSON");
@@ -349,14 +365,41 @@ impl Session {
         last_pages(self)?;
         downtime.last_pages_us = micros(capturing.elapsed());
         let hook = self.run_hook();
-        let resuming = Instant::now();
-        let started = pause.started;
+        let times = PauseTimes {
+            started: pause.started,
+            resuming: Instant::now(),
+            hook,
+        };
         pause.end()?;
-        downtime.resume_us = micros(resuming.elapsed());
         downtime.hook_us = micros(hook);
-        downtime.total_us = micros(started.elapsed().saturating_sub(hook));
         self.statistics.downtime = downtime;
+        self.pause = Some(times);
+        self.finish_downtime(Instant::now());
         Ok(PauseOutcome { sections, moment })
+    }
+
+    /// Takes the end of the pause from the vCPUs. They know better than this thread, which may have
+    /// lost its turn when they went on.
+    fn ask_vcpus(&mut self) {
+        /// Later than this it was not our resume that they waited for: a user held them as well.
+        const LATE: Duration = Duration::from_secs(1);
+        let (Some(times), Some(resumed)) = (self.pause, self.guest.last_resumed()) else {
+            return;
+        };
+        if (times.resuming..times.resuming + LATE).contains(&resumed) {
+            self.finish_downtime(resumed);
+        }
+    }
+
+    /// Computes how long the pause was that ended with `resumed`.
+    fn finish_downtime(&mut self, resumed: Instant) {
+        let Some(times) = self.pause else {
+            return;
+        };
+        let downtime = &mut self.statistics.downtime;
+        downtime.resume_us = micros(resumed.saturating_duration_since(times.resuming));
+        let paused = resumed.saturating_duration_since(times.started);
+        downtime.total_us = micros(paused.saturating_sub(times.hook));
     }
 
     fn run_hook(&self) -> Duration {

@@ -165,6 +165,9 @@ pub(super) struct CheckpointArgs {
     /// Microseconds that the last copy in the pause should take at most (threaded).
     #[arg(long, value_name = "US")]
     pub downtime_budget: Option<u64>,
+    /// A file in the image's directory to give up and write over: faster than a new one.
+    #[arg(long, value_name = "FILE")]
+    pub spare: Option<PathBuf>,
     /// Do not wait until the image is on stable storage: a power cut may lose it.
     #[arg(long)]
     pub no_sync: bool,

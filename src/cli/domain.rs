@@ -125,6 +125,7 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.deadline_ms = args.deadline.map(|time| to_micros(time).div_ceil(1000));
     request.max_bandwidth = args.max_bandwidth;
     request.downtime_budget_us = args.downtime_budget;
+    request.spare = args.spare.as_deref().map(absolute).transpose()?;
     request.durable = !args.no_sync;
     Ok(request)
 }

@@ -35,6 +35,8 @@ pub struct VcpuGate {
 struct Inner {
     holds: u32,
     vcpus: Vec<Place>,
+    /// When a vCPU last left the gate after a hold.
+    left: Option<Instant>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,7 @@ impl VcpuGate {
             inner: Mutex::new(Inner {
                 holds: 0,
                 vcpus: vec![Place::Away; vcpu_count],
+                left: None,
             }),
             changed: Condvar::new(),
         }
@@ -98,6 +101,16 @@ impl VcpuGate {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         inner.vcpus[vcpu] = Place::Running;
+        inner.left = Some(Instant::now());
+    }
+
+    /// Returns when the last of the vCPUs that were held went on; `None` while one of them is
+    /// still to go, or where none was ever held.
+    ///
+    /// Later than [`VcpuGate::open`] by the time that the host took to run it.
+    pub fn last_left(&self) -> Option<Instant> {
+        let inner = self.lock();
+        inner.left.filter(|_| !inner.vcpus.contains(&Place::Parked))
     }
 
     /// Adds a hold and waits until every running vCPU is parked.
@@ -223,6 +236,25 @@ mod tests {
             assert_eq!(vcpus.rounds.load(Ordering::Relaxed), before);
             vcpus.gate.open();
         }
+        vcpus.end();
+    }
+
+    #[test]
+    fn the_gate_tells_when_the_last_vcpu_went_on() {
+        let vcpus = start(2);
+        assert_eq!(vcpus.gate.last_left(), None);
+        vcpus.gate.close(PATIENCE, |_| ()).unwrap();
+        assert_eq!(vcpus.gate.last_left(), None);
+        let opened = Instant::now();
+        vcpus.gate.open();
+        let left = loop {
+            if let Some(left) = vcpus.gate.last_left() {
+                break left;
+            }
+            assert!(opened.elapsed() < PATIENCE);
+            thread::yield_now();
+        };
+        assert!(left >= opened);
         vcpus.end();
     }
 

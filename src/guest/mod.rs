@@ -7,7 +7,7 @@ mod gate;
 mod host_writes;
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -173,6 +173,12 @@ pub trait Guest: Send + Sync {
 
     /// Ends one pause: devices first, then vCPUs. Does not fail and does not block.
     fn resume(&self);
+
+    /// Returns when the last vCPU went on after the last pause; `None` where that is not known, or
+    /// has not happened. For the figures only.
+    fn last_resumed(&self) -> Option<Instant> {
+        None
+    }
 
     /// Saves everything but memory. Called between [`Guest::pause`] and [`Guest::resume`]; does
     /// not change the guest.

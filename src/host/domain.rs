@@ -385,6 +385,7 @@ impl Domain {
             max_downtime: request.max_downtime_us.map(Duration::from_micros),
             deadline: request.deadline_ms.map(Duration::from_millis),
             max_bandwidth: request.max_bandwidth,
+            spare: request.spare.clone(),
             workspace: self.workspace.clone(),
             ..CheckpointOptions::default()
         };

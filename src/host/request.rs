@@ -85,6 +85,9 @@ pub struct CheckpointRequest {
     /// Microseconds that the last copy in the pause should take at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_budget_us: Option<u64>,
+    /// Absolute path of a file in the image's directory that is given up and written over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spare: Option<PathBuf>,
     /// Whether to wait until the image is on stable storage.
     #[serde(default = "default_durable")]
     pub durable: bool,
@@ -132,6 +135,7 @@ impl CheckpointRequest {
             deadline_ms: None,
             max_bandwidth: None,
             downtime_budget_us: None,
+            spare: None,
             durable: default_durable(),
         }
     }

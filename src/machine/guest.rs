@@ -127,6 +127,10 @@ impl Guest for Machine {
         self.shared.resume_for_engine();
     }
 
+    fn last_resumed(&self) -> Option<Instant> {
+        self.shared.gate.last_left()
+    }
+
     fn save_state(&self) -> Result<Vec<StateSection>, GuestError> {
         self.shared.save_sections()
     }

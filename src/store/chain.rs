@@ -188,6 +188,33 @@ pub(crate) fn create_part(
     })
 }
 
+/// Makes the temporary file at `part` of a spare one; of a new one where `spare` is not there.
+pub(crate) fn take_over_spare(
+    storage: &dyn Storage,
+    spare: &Path,
+    part: &Path,
+) -> Result<Box<dyn StorageFile>, StoreError> {
+    if parent_of(spare) != parent_of(part) {
+        return Err(StoreError::Unwritable {
+            reason: format!("{} is not in the image's directory", spare.display()),
+        });
+    }
+    // A part that somebody writes, or left, is in the way as for a new file.
+    drop(create_part(storage, part)?);
+    storage
+        .remove(part)
+        .map_err(StoreError::io("remove", part))?;
+    match storage.take_over(spare, part) {
+        Ok(file) => Ok(file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => create_part(storage, part),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(StoreError::InUse {
+            path: spare.to_owned(),
+            holder: None,
+        }),
+        Err(error) => Err(StoreError::io("write over", spare)(error)),
+    }
+}
+
 /// What became of a temporary file.
 enum PartState {
     /// It is not there, or no more.

@@ -116,7 +116,10 @@ impl ImageWriter {
             space::ensure_free(storage.as_ref(), target.dir(), needed)?;
         }
         let part = target.part();
-        let file = chain::create_part(storage.as_ref(), &part)?;
+        let file = match &options.spare {
+            Some(spare) => chain::take_over_spare(storage.as_ref(), spare, &part)?,
+            None => chain::create_part(storage.as_ref(), &part)?,
+        };
         Ok(Self {
             storage,
             target,

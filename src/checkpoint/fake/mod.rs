@@ -474,6 +474,10 @@ impl Guest for FakeGuest {
         self.gate.open();
     }
 
+    fn last_resumed(&self) -> Option<Instant> {
+        self.gate.last_left()
+    }
+
     fn save_state(&self) -> Result<Vec<StateSection>, GuestError> {
         self.run_hooks(Call::Save);
         // As KVM does for a paravirtual clock: saving it writes guest memory.

@@ -55,7 +55,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     let pause = session.in_pause(|_| rounds.last(&lease))?;
     let resumed = Instant::now();
     session.job.enter(Phase::Draining)?;
-    logging.stop()?;
+    logging.stop_after_resume()?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     report(session, &rounds);
     drop(rounds);

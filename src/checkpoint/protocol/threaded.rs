@@ -55,7 +55,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.job.enter(Phase::Draining)?;
     // The scanning threads end; the guest pays for its log no longer than it must.
     drop(helpers);
-    logging.stop()?;
+    logging.stop_after_resume()?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     harvester.drain()?;
     report(session, &harvester);

@@ -29,6 +29,21 @@ impl Storage for FileStorage {
         regular(file)
     }
 
+    fn take_over(&self, spare: &Path, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+            .open(spare)?;
+        let file = regular(file)?;
+        if !file.try_lock(LockKind::Exclusive)? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        rustix::fs::renameat_with(rustix::fs::CWD, spare, rustix::fs::CWD, path, flags)?;
+        Ok(file)
+    }
+
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         // A pipe in the place of an image must not block the reader.
         let file = OpenOptions::new()

@@ -90,6 +90,10 @@ impl Storage for LimitedStorage {
         Ok(self.limit(self.inner.create_new(path)?))
     }
 
+    fn take_over(&self, spare: &Path, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        Ok(self.limit(self.inner.take_over(spare, path)?))
+    }
+
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         Ok(self.limit(self.inner.open(path)?))
     }

@@ -44,6 +44,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// may open it.
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
 
+    /// Gives the regular file at `spare` the name `path`, where nothing may be yet, opens it for
+    /// reading and writing, and locks it alone. Fails with `WouldBlock`, and changes nothing, where
+    /// somebody else has a lock on it.
+    fn take_over(&self, spare: &Path, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        let _ = (spare, path);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Opens the regular file at `path` for reading.
     fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
 
