@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Bench;
-use crate::checkpoint::fake::{Call, Operation};
+use crate::checkpoint::fake::{Call, FakeGuest, Operation};
 use crate::checkpoint::{CheckpointError, Phase, Protocol};
 
 /// How long a cancel may take. Other work on the test machine can make one late, not three.
@@ -74,6 +74,36 @@ fn cancel_while_live_leaves_the_guest_running_and_no_file() {
 }
 
 #[test]
+fn cancel_while_the_rounds_of_precopy_wait_for_the_disk_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Live, Protocol::Precopy, |bench| {
+        bench.options.threads = Some(1);
+        bench.storage.block(Operation::Write);
+    });
+}
+
+#[test]
+fn cancel_in_the_pause_of_precopy_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Pausing, Protocol::Precopy, |bench| {
+        bench.options.threads = Some(1);
+        let storage = bench.storage.clone();
+        bench.guest.on(Call::Save, move |guest| {
+            storage.block(Operation::Write);
+            (0..guest.page_count()).for_each(|page| guest.write_page(page, 3));
+        });
+    });
+}
+
+#[test]
+fn cancel_while_writers_wait_for_the_staging_of_cow_leaves_the_guest_running_and_no_file() {
+    cancel_is_prompt_in(Phase::Draining, Protocol::Cow, |bench| {
+        // Four buffers for five pieces, and a disk that takes none.
+        bench.options.max_staging_bytes = Some(64 << 10);
+        bench.options.threads = Some(1);
+        bench.storage.block(Operation::Write);
+    });
+}
+
+#[test]
 fn cancel_in_the_pause_of_stop_leaves_the_guest_running_and_no_file() {
     cancel_is_prompt_in(Phase::Pausing, Protocol::Stop, |bench| {
         bench.storage.block(Operation::Write);
@@ -96,10 +126,12 @@ fn cancel_in_the_pause_of_threaded_leaves_the_guest_running_and_no_file() {
 
 #[test]
 fn cancel_while_draining_leaves_the_guest_running_and_no_file() {
-    cancel_is_prompt_in(Phase::Draining, Protocol::Threaded, |bench| {
-        let storage = bench.storage.clone();
-        bench.options.at_pause = Some(Arc::new(move |_| storage.block(Operation::Write)));
-    });
+    for protocol in [Protocol::Threaded, Protocol::Cow] {
+        cancel_is_prompt_in(Phase::Draining, protocol, |bench| {
+            let storage = bench.storage.clone();
+            bench.options.at_pause = Some(Arc::new(move |_| storage.block(Operation::Write)));
+        });
+    }
 }
 
 #[test]
@@ -173,6 +205,50 @@ fn a_blocked_storage_never_leaves_the_guest_paused() {
             error => panic!("{error}"),
         }
     }
+}
+
+/// Returns the longest time in which no vCPU wrote anything, until `ended` says so.
+fn longest_standstill(guest: &FakeGuest, ended: impl Fn() -> bool) -> Duration {
+    let mut longest = Duration::ZERO;
+    let mut seen = (guest.stores.load(Ordering::Relaxed), Instant::now());
+    while !ended() {
+        let stores = guest.stores.load(Ordering::Relaxed);
+        if stores == seen.0 {
+            longest = longest.max(seen.1.elapsed());
+        } else {
+            seen = (stores, Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    longest
+}
+
+#[test]
+fn a_disk_that_blocks_holds_no_writer_up_for_a_second() {
+    // Other work on the test machine can make one late, not three.
+    let best = (0..3)
+        .map(|_| {
+            let mut bench = Bench::new();
+            bench.guest.fill();
+            bench.options.protocol = Protocol::Cow;
+            bench.options.max_staging_bytes = Some(64 << 10);
+            bench.options.threads = Some(1);
+            bench.storage.block(Operation::Write);
+            let running = bench.guest.run(2, 7);
+            running.assert_progress();
+            let job = bench.start();
+            let longest = longest_standstill(&bench.guest, || job.is_finished());
+            let error = job.wait().unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::StallExpired { .. }),
+                "{error}"
+            );
+            running.assert_progress();
+            longest
+        })
+        .min()
+        .unwrap();
+    assert!(best < Duration::from_secs(1), "{best:?}");
 }
 
 #[test]
@@ -253,10 +329,13 @@ fn assert_panic_of(error: &CheckpointError, name: &str) {
 
 #[test]
 fn a_panicking_thread_fails_the_checkpoint_and_the_guest_runs_on() {
-    let bench = Bench::new();
-    bench.guest.fill();
-    bench.storage.panic_in_writes(1);
-    assert_panic_of(&fails(&bench), "lvp-write");
+    for protocol in [Protocol::Precopy, Protocol::Threaded, Protocol::Cow] {
+        let mut bench = Bench::new();
+        bench.guest.fill();
+        bench.options.protocol = protocol;
+        bench.storage.panic_in_writes(1);
+        assert_panic_of(&fails(&bench), "lvp-write");
+    }
 
     let bench = Bench::new();
     bench.guest.fill();
