@@ -73,8 +73,9 @@ static void end_interval(struct writer *writer, uint64_t now)
 		(struct interval){now, progress, live->max_gap, live->max_gap_tsc};
 	live->intervals++;
 	if (print_ticks) {
-		print("tick cpu=%u tsc=%lu pass=%lu pages=%lu max_gap=%lu at=%lu\n", writer->cpu, now,
-		      progress / writer->share->pages + 1, progress, live->max_gap, live->max_gap_tsc);
+		print("tick cpu=%u tsc=%lu pass=%lu pages=%lu printing=%lu max_gap=%lu at=%lu\n", writer->cpu, now,
+		      progress / writer->share->pages + 1, progress, live->printing_cycles, live->max_gap,
+		      live->max_gap_tsc);
 	}
 	live->max_gap = 0;
 	live->max_gap_tsc = 0;
