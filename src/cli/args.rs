@@ -75,7 +75,7 @@ pub(super) enum Command {
     Guests(GuestsArgs),
     /// Checkpoints a running computation live, kills it, restores it, and compares protocols.
     Demo(DemoArgs),
-    /// Measures the downtime of each protocol on this machine.
+    /// Measures what checkpoints cost on this machine, protocol by protocol.
     Bench(BenchArgs),
 }
 
@@ -227,18 +227,70 @@ pub(super) struct DemoArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
-    /// Directory for the images: its disk is what is measured.
+    /// What to measure; may be given several times [default: everything].
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub suite: Vec<Suite>,
+    /// Runs; in each, all that is compared takes turns.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// Directory for images on disk: its disk is what is measured.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub images: PathBuf,
-    /// Guest memory.
+    /// Directory for images in memory.
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    pub shm: PathBuf,
+    /// Directory for report.md, report.json and the plots [default: none are written].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Guest memory (downtime, lost-work, full, npb).
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G")]
     pub memory: u64,
-    /// Share of memory that the guest rewrites all the time, in percent.
-    #[arg(long, default_value_t = 10)]
+    /// Sizes of guest memory to compare (sizes).
+    #[arg(
+        long,
+        value_name = "SIZE,..",
+        value_parser = parse_size,
+        value_delimiter = ',',
+        default_value = "256M,1G,4G"
+    )]
+    pub sizes: Vec<u64>,
+    /// Share of memory that the guest rewrites all the time, in percent (downtime).
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=90))]
     pub working_set: u32,
-    /// Checkpoints of each protocol.
-    #[arg(long, default_value_t = 10)]
-    pub runs: u32,
+    /// Set up the host's pool of huge pages where it is too small, and restore it (sizes).
+    #[arg(long)]
+    pub hugetlb: bool,
+    /// Another program to measure beside (lost-work).
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub peer: Vec<Peer>,
+    /// NPB kernels to compute, as in cg,mg [default: all that the guest has] (npb).
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub kernels: Vec<String>,
+    /// NPB problem class: S, W, A, B or C (npb).
+    #[arg(long, default_value = "A")]
+    pub class: String,
+}
+
+/// A part of the benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Suite {
+    /// Downtime of each protocol, beside a plain write.
+    Downtime,
+    /// Downtime of live protocols on memory of several sizes and kinds.
+    Sizes,
+    /// Work that the guest loses to a checkpoint.
+    LostWork,
+    /// A whole checkpoint, beside copying, hashing and writing the same bytes.
+    Full,
+    /// NAS Parallel Benchmarks with a checkpoint on the way.
+    Npb,
+}
+
+/// A program that saves virtual machines too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Peer {
+    /// qemu-system-x86_64.
+    Qemu,
 }
 
 /// Parses a length of time such as 5ms or 1.5s.

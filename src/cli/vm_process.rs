@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -11,7 +12,9 @@ use anyhow::{Context as _, bail};
 use super::console_log::ConsoleLog;
 use super::worker::wait_for;
 use crate::host::control::ControlClient;
-use crate::host::{CheckpointRequest, CheckpointSummary, Domain, DomainChanges, RuntimeDir};
+use crate::host::{
+    CheckpointRequest, CheckpointSummary, Domain, DomainChanges, RuntimeDir, host_tsc,
+};
 
 /// How long a process may take until its control socket answers.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -85,10 +88,26 @@ impl VmProcess {
             .wait_line(what, timeout, || Ok(child.try_wait()?.is_none()), fits)
     }
 
+    /// Returns the process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Takes a checkpoint and waits for its end; the guest runs meanwhile.
     pub fn checkpoint(&mut self, request: CheckpointRequest) -> anyhow::Result<CheckpointSummary> {
+        let (summary, _) = self.checkpoint_from(request)?;
+        Ok(summary)
+    }
+
+    /// Takes a checkpoint, and tells the host's TSC just before and just after it began.
+    pub fn checkpoint_from(
+        &mut self,
+        request: CheckpointRequest,
+    ) -> anyhow::Result<(CheckpointSummary, RangeInclusive<u64>)> {
+        let before = host_tsc();
         let job = self.client.start_checkpoint(request)?;
-        Ok(self.client.wait(job, |_| ())?)
+        let began = before..=host_tsc();
+        Ok((self.client.wait(job, |_| ())?, began))
     }
 
     /// Kills the process as a crash would: no handler runs.

@@ -17,6 +17,7 @@ use crate::machine::{self, MachineError};
 pub use crate::checkpoint::Protocol;
 pub use crate::store::{Codec, ImageSummary, VerifyReport};
 pub use crate::sys::termination::TerminationSignals;
+pub use crate::sys::tsc::read as host_tsc;
 pub use domain::{BuiltinKernel, Domain, DomainChanges, DomainOptions, RestoreOptions};
 pub use error::{ErrorCode, HostError};
 pub use image::Image;

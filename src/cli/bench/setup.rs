@@ -1,0 +1,233 @@
+//! What all suites share: directories, options, and the order in which contenders take turns.
+
+use std::cell::Cell;
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+
+use super::super::args::{BenchArgs, Peer};
+use super::super::output::Output;
+use super::super::scratch::Scratch;
+use super::contender::Contender;
+use super::qemu::QemuProgram;
+use super::vm::{GuestSpec, Request, Vm};
+use crate::host::TerminationSignals;
+
+/// What the storage is held to that stands for a slower disk.
+pub(super) const HELD_BYTES_PER_S: u64 = 500_000_000;
+
+/// How long the page writer may take to fill its memory.
+const READY_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Where images go.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    pub name: &'static str,
+    dir: PathBuf,
+    max_bandwidth: Option<u64>,
+}
+
+impl Target {
+    /// Returns a request for a checkpoint into a new file there.
+    pub fn request(&self) -> Request {
+        Request {
+            image: self.dir.join("image.lpi"),
+            max_bandwidth: self.max_bandwidth,
+            durable: true,
+        }
+    }
+
+    /// Returns a path there.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+/// Removes an image, once nothing of it is on its way to the disk any more, which would slow down
+/// what is measured next.
+pub(super) fn discard(image: &Path) -> anyhow::Result<()> {
+    let what = || format!("could not remove {}", image.display());
+    File::open(image)
+        .and_then(|file| file.sync_all())
+        .with_context(what)?;
+    fs::remove_file(image).with_context(what)
+}
+
+/// What the suites share. Dropping it removes what they have left.
+#[derive(Debug)]
+pub(super) struct Setup<'a> {
+    pub args: &'a BenchArgs,
+    out: Output,
+    scratch: Scratch,
+    disk: Scratch,
+    shm: Scratch,
+    pub qemu: Option<QemuProgram>,
+    interrupted: Arc<AtomicBool>,
+    machines: Cell<u32>,
+}
+
+impl<'a> Setup<'a> {
+    pub fn new(out: Output, args: &'a BenchArgs) -> anyhow::Result<Self> {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let flag = interrupted.clone();
+        // A run that is broken off removes its images and gives huge pages back.
+        TerminationSignals::block()
+            .and_then(|signals| signals.on_signal(move || flag.store(true, Ordering::Relaxed)))
+            .context("could not take over signals")?;
+        let qemu = args.peer.contains(&Peer::Qemu).then(QemuProgram::find);
+        Ok(Self {
+            args,
+            out,
+            scratch: Scratch::new("livepoint-bench")?,
+            disk: Scratch::inside(&args.images, ".livepoint-bench")?,
+            shm: Scratch::inside(&args.shm, ".livepoint-bench")?,
+            qemu: qemu.transpose()?,
+            interrupted,
+            machines: Cell::new(0),
+        })
+    }
+
+    /// Says what is being done.
+    pub fn say(&self, text: impl fmt::Display) {
+        self.out.say(text);
+    }
+
+    /// Fails once the user has asked to end.
+    pub fn go_on(&self) -> anyhow::Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            bail!("asked to end");
+        }
+        Ok(())
+    }
+
+    /// Returns the place in memory.
+    pub fn shm(&self) -> Target {
+        Target {
+            name: "shm",
+            dir: self.shm.path().to_owned(),
+            max_bandwidth: None,
+        }
+    }
+
+    /// Returns the place on disk.
+    pub fn disk(&self) -> Target {
+        Target {
+            name: "disk",
+            dir: self.disk.path().to_owned(),
+            max_bandwidth: None,
+        }
+    }
+
+    /// Returns the place on disk, held to the speed of a slower one.
+    pub fn held_disk(&self) -> Target {
+        Target {
+            name: "disk-500",
+            max_bandwidth: Some(HELD_BYTES_PER_S),
+            ..self.disk()
+        }
+    }
+
+    /// Starts `guest` in a new machine of the contender's kind.
+    pub fn start(&self, contender: Contender, guest: &GuestSpec) -> anyhow::Result<Vm> {
+        let number = self.machines.get() + 1;
+        self.machines.set(number);
+        let tag = format!("bench-{number}");
+        match (contender, &self.qemu) {
+            (Contender::Qemu(_), Some(qemu)) => Vm::peer(qemu, self.scratch.path(), &tag, guest),
+            _ => Vm::ours(self.scratch.path(), &tag, guest),
+        }
+    }
+
+    /// Starts a page writer, and waits until it has filled its memory and written for a while.
+    pub fn start_pagewriter(
+        &self,
+        contender: Contender,
+        guest: &GuestSpec,
+        settle: Duration,
+    ) -> anyhow::Result<Vm> {
+        let mut vm = self.start(contender, guest)?;
+        vm.wait_line("that it is ready", READY_TIMEOUT, |line| {
+            line.starts_with("pagewriter: ready") || line.starts_with("pagewriter: error")
+        })?;
+        std::thread::sleep(settle);
+        Ok(vm)
+    }
+}
+
+/// What a contender has shown so far.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Row<S> {
+    pub contender: Contender,
+    pub samples: Vec<S>,
+    /// Why it takes no more turns.
+    pub error: Option<String>,
+}
+
+impl<S> Row<S> {
+    pub fn new(contender: Contender) -> Self {
+        Self {
+            contender,
+            samples: Vec::new(),
+            error: None,
+        }
+    }
+
+    /// Lets the contender take its turn, unless it has failed before.
+    pub fn turn(
+        &mut self,
+        setup: &Setup,
+        take: impl FnOnce(Contender) -> anyhow::Result<S>,
+    ) -> anyhow::Result<()> {
+        if self.error.is_some() {
+            return Ok(());
+        }
+        match take(self.contender) {
+            Ok(sample) => self.samples.push(sample),
+            Err(error) => {
+                // What was interrupted has not failed.
+                setup.go_on()?;
+                log::warn!("{}: {error:#}", self.contender);
+                self.error = Some(format!("{error:#}"));
+            }
+        }
+        setup.go_on()
+    }
+}
+
+/// Fails where nobody has shown anything: then the reason is not one contender's.
+pub(super) fn ensure_any<'a, S: 'a>(
+    rows: impl IntoIterator<Item = &'a Row<S>>,
+) -> anyhow::Result<()> {
+    let mut failure = None;
+    for row in rows {
+        if !row.samples.is_empty() {
+            return Ok(());
+        }
+        failure = failure.or(row.error.as_ref());
+    }
+    match failure {
+        Some(error) => bail!("{error}"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_that_all_share_is_the_run_s_own() {
+        let mut rows: Vec<Row<u32>> = vec![Row::new(Contender::Nothing); 2];
+        assert!(ensure_any(&rows).is_ok());
+        rows[0].error = Some("no KVM".to_owned());
+        assert_eq!(ensure_any(&rows).unwrap_err().to_string(), "no KVM");
+        rows[1].samples.push(1);
+        assert!(ensure_any(&rows).is_ok());
+    }
+}
