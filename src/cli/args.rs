@@ -230,6 +230,9 @@ pub(super) struct BenchArgs {
     /// What to measure; may be given several times [default: everything].
     #[arg(long, value_enum, value_name = "NAME")]
     pub suite: Vec<Suite>,
+    /// Protocols to measure, as in stop,threaded [default: all].
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub protocols: Vec<Protocol>,
     /// Runs; in each, all that is compared takes turns.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,

@@ -66,7 +66,11 @@ impl VmProcess {
             }),
             Err(error) => {
                 end(&mut child);
-                Err(error)
+                let printed = console.text().unwrap_or_default();
+                Err(match printed.trim() {
+                    "" => error,
+                    printed => error.context(format!("the guest printed: {printed}")),
+                })
             }
         }
     }

@@ -41,12 +41,6 @@ impl Staging {
 }
 
 impl Contender {
-    /// Returns each of our protocols, with ample staging.
-    pub fn every_protocol() -> Vec<Self> {
-        let ours = |protocol| Self::Ours(protocol, Staging::Ample);
-        Protocol::ALL.into_iter().map(ours).collect()
-    }
-
     /// Returns the protocol of ours that it is.
     pub fn protocol(self) -> Option<Protocol> {
         match self {
@@ -75,13 +69,6 @@ impl Serialize for Contender {
     }
 }
 
-/// Returns the protocol of that name, where this build has it.
-pub(super) fn protocol(name: &str) -> Option<Protocol> {
-    Protocol::ALL
-        .into_iter()
-        .find(|protocol| protocol.name() == name)
-}
-
 /// Returns whether a protocol captures a working set while the guest runs, in bounded memory: all
 /// but the traditional ones.
 pub(super) fn is_live(protocol: Protocol) -> bool {
@@ -93,9 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn protocols_are_found_by_name_and_those_to_come_are_not() {
-        assert_eq!(protocol("threaded"), Some(Protocol::Threaded));
-        assert_eq!(protocol("no such protocol"), None);
+    fn the_traditional_way_is_not_live() {
         assert!(is_live(Protocol::Threaded) && !is_live(Protocol::Stop));
     }
 

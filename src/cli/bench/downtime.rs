@@ -52,7 +52,8 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Downtime> {
     let args = setup.args;
     let target = setup.disk();
     let mut vm = setup.start_pagewriter(Contender::Nothing, &guest(setup), SETTLE)?;
-    let mut rows: Vec<(Protocol, Row<Sample>)> = Protocol::ALL
+    let mut rows: Vec<(Protocol, Row<Sample>)> = setup
+        .protocols()
         .into_iter()
         .map(|protocol| {
             let contender = Contender::Ours(protocol, Staging::Default);
@@ -175,7 +176,7 @@ impl Downtime {
         ];
         format!(
             "### Downtime\n\n{} of memory, all of it incompressible, {} % of it rewritten at full \
-             speed; no compression; image on disk, durable; {} runs.\n\n{}\n",
+             speed; no compression; image on disk, durable. Runs: {}.\n\n{}\n",
             bytes(self.memory_bytes),
             self.working_set_percent,
             to_f64(self.plain_write_us.map_or(0, |spread| spread.runs as u64)),

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::super::output::{bytes, table};
-use super::contender::{Contender, Staging, protocol};
+use super::contender::{Contender, Staging};
 use super::setup::{Row, Setup, Target, discard, ensure_any};
 use super::spread::{Spread, cell};
 use super::vm::{Backing, GuestSpec, Vm};
@@ -74,7 +74,10 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Full> {
     let guest = GuestSpec::pagewriter(args.memory, Backing::Thp, CMDLINE.to_owned());
     let mut vm = setup.start_pagewriter(Contender::Nothing, &guest, SETTLE)?;
     let mut memory = Memory::new(len);
-    let mut places = [place(setup.shm(), false), place(setup.disk(), true)];
+    let mut places = [
+        place(setup, setup.shm(), false),
+        place(setup, setup.disk(), true),
+    ];
     let (mut copies, mut hashes) = (Vec::new(), Vec::new());
     for run in 1..=args.runs {
         setup.say(format_args!("full: run {run} of {}", args.runs));
@@ -107,10 +110,10 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Full> {
     })
 }
 
-fn place(target: Target, durable: bool) -> Place {
+fn place(setup: &Setup, target: Target, durable: bool) -> Place {
     let rows = PROTOCOLS
         .into_iter()
-        .filter_map(protocol)
+        .filter_map(|name| setup.protocol(name))
         .map(|protocol| Row::new(Contender::Ours(protocol, Staging::Ample)))
         .collect();
     Place {

@@ -20,6 +20,9 @@ const RECOVERED_SHARE: f64 = 0.97;
 /// outage, which is loss.
 const PRINTING_FACTOR: f64 = 4.0;
 
+/// The shortest outage that is shown by itself in the rate over time.
+const SHOWN_GAP_S: f64 = 0.005;
+
 /// Where a checkpoint is among a guest's ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -58,10 +61,23 @@ pub(super) struct Point {
     pub rate: f64,
 }
 
+impl Point {
+    /// Rounds: a thousandth is more than the measurement tells.
+    fn new(until_s: f64, rate: f64) -> Self {
+        let round = |value: f64| (value * 1e4).round() / 1e4;
+        Self {
+            until_s: round(until_s),
+            rate: round(rate),
+        }
+    }
+}
+
 /// What happened between two ticks.
 #[derive(Clone, Copy, Debug)]
 struct Interval {
     took_s: f64,
+    /// The longest time in which the guest did not run, from the interval's begin on.
+    gap_s: (f64, f64),
     printing_s: f64,
     /// Time that was there for work.
     work_s: f64,
@@ -114,6 +130,10 @@ fn intervals(ticks: &Ticks) -> Vec<Interval> {
         let seconds = |from: u64, to: u64| ticks.seconds(to.saturating_sub(from));
         Interval {
             took_s: seconds(pair[0].tsc, pair[1].tsc),
+            gap_s: (
+                seconds(pair[0].tsc, pair[1].at.saturating_sub(pair[1].max_gap)),
+                seconds(pair[0].tsc, pair[1].at),
+            ),
             printing_s: seconds(pair[0].printing, pair[1].printing),
             work_s: 0.0,
             pages: super::super::output::to_f64(pair[1].pages.saturating_sub(pair[0].pages)),
@@ -136,15 +156,23 @@ fn mean_rate(intervals: &[Interval]) -> f64 {
 
 fn trace(intervals: &[Interval], from: usize, request: usize, base: f64) -> Vec<Point> {
     let before: f64 = intervals[from..request].iter().map(|one| one.took_s).sum();
-    let mut until_s = -before;
-    let points = intervals[from..].iter().map(|interval| {
-        until_s += interval.took_s;
-        Point {
-            until_s,
-            rate: interval.pages / interval.work_s / base,
+    let mut begin_s = -before;
+    let mut points = Vec::new();
+    for interval in &intervals[from..] {
+        let (gap_from, gap_to) = interval.gap_s;
+        let gap = gap_to - gap_from;
+        // An outage stands out; what is shorter is noise, and in the mean.
+        let shown = gap >= SHOWN_GAP_S && gap < interval.work_s;
+        let work = interval.work_s - if shown { gap } else { 0.0 };
+        let rate = interval.pages / work / base;
+        if shown {
+            points.push(Point::new(begin_s + gap_from, rate));
+            points.push(Point::new(begin_s + gap_to, 0.0));
         }
-    });
-    points.collect()
+        begin_s += interval.took_s;
+        points.push(Point::new(begin_s, rate));
+    }
+    points
 }
 
 #[cfg(test)]
@@ -224,6 +252,32 @@ mod tests {
         }
         let loss = lost_work(&ticks, PLACE).unwrap();
         assert!(near(loss.lost_s, 0.2), "{}", loss.lost_s);
+    }
+
+    #[test]
+    fn an_outage_stands_out_of_the_rate_over_time() {
+        let rates = [[1.0; 10], [1.0; 10], [1.0; 10]].concat();
+        let mut ticks = ticks(&rates);
+        for (number, tick) in ticks.ticks.iter_mut().enumerate() {
+            tick.max_gap = 0;
+            if number >= 15 {
+                tick.tsc += 50_000;
+            }
+        }
+        let hit = &mut ticks.ticks[15];
+        (hit.max_gap, hit.at) = (50_000, hit.tsc - 10_000);
+        let trace = lost_work(&ticks, PLACE).unwrap().trace;
+        let at = trace.iter().position(|point| point.rate == 0.0).unwrap();
+        let around: Vec<_> = trace[at - 1..=at + 1]
+            .iter()
+            .map(|one| one.until_s)
+            .collect();
+        assert_eq!(around, [0.14, 0.19, 0.2]);
+        assert!(
+            trace
+                .iter()
+                .all(|one| one.rate == 0.0 || near(one.rate, 1.0))
+        );
     }
 
     #[test]

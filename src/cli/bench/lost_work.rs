@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::super::output::{bytes, table, to_f64};
-use super::contender::{Contender, Staging, is_live, protocol};
+use super::contender::{Contender, Staging, is_live};
 use super::loss::{Loss, Place, Point, lost_work};
 use super::qemu::QemuMode;
 use super::sample::wait_ticks;
@@ -131,14 +131,17 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<LostWork> {
     Ok(LostWork {
         memory_bytes: args.memory,
         working_set_percent: WORKING_SET_PERCENT,
-        ratios: figures.iter().flat_map(ratios).collect(),
+        ratios: figures
+            .iter()
+            .flat_map(|target| ratios(setup, target))
+            .collect(),
         targets: figures,
     })
 }
 
 /// Nothing at all, every protocol, live ones with default staging too, and QEMU if asked for.
 fn contenders(setup: &Setup) -> Vec<Contender> {
-    let ours = Contender::every_protocol();
+    let ours = setup.ours();
     let default = ours
         .iter()
         .filter_map(|one| one.protocol())
@@ -282,7 +285,7 @@ impl Costs {
 }
 
 /// Compares the better of our two ways to keep the guest running with its alternatives.
-fn ratios(target: &TargetFigures) -> Vec<Ratio> {
+fn ratios(setup: &Setup, target: &TargetFigures) -> Vec<Ratio> {
     let mut ratios = Vec::new();
     for checkpoint in ["first", "second"] {
         let lost = |contender: Contender| {
@@ -296,11 +299,13 @@ fn ratios(target: &TargetFigures) -> Vec<Ratio> {
         };
         let ours = ["threaded", "cow"]
             .into_iter()
-            .filter_map(protocol)
+            .filter_map(|name| setup.protocol(name))
             .map(|protocol| Contender::Ours(protocol, Staging::Ample))
             .filter_map(|contender| Some((contender, lost(contender)?)))
             .min_by(|a, b| a.1.total_cmp(&b.1));
-        let stop = protocol("stop").map(|stop| Contender::Ours(stop, Staging::Ample));
+        let stop = setup
+            .protocol("stop")
+            .map(|stop| Contender::Ours(stop, Staging::Ample));
         let others = stop
             .into_iter()
             .chain(QemuMode::ALL.into_iter().map(Contender::Qemu));

@@ -109,7 +109,7 @@ impl Report {
         let host = &self.host;
         let mut text = format!(
             "# livepoint {}: measurements\n\n{} × {}, {} of memory, Linux {}, transparent huge \
-             pages: {}. {} runs.",
+             pages: {}. Runs: {}.",
             host.livepoint,
             host.cpus,
             host.cpu_model,

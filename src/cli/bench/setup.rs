@@ -14,10 +14,10 @@ use serde::Serialize;
 use super::super::args::{BenchArgs, Peer};
 use super::super::output::Output;
 use super::super::scratch::Scratch;
-use super::contender::Contender;
+use super::contender::{Contender, Staging};
 use super::qemu::QemuProgram;
 use super::vm::{GuestSpec, Request, Vm};
-use crate::host::TerminationSignals;
+use crate::host::{Protocol, TerminationSignals};
 
 /// What the storage is held to that stands for a slower disk.
 pub(super) const HELD_BYTES_PER_S: u64 = 500_000_000;
@@ -47,6 +47,11 @@ impl Target {
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
+}
+
+/// Machines are other processes: their paths start at the root.
+fn absolute(dir: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(dir).with_context(|| format!("{} is no directory", dir.display()))
 }
 
 /// Removes an image, once nothing of it is on its way to the disk any more, which would slow down
@@ -85,8 +90,8 @@ impl<'a> Setup<'a> {
             args,
             out,
             scratch: Scratch::new("livepoint-bench")?,
-            disk: Scratch::inside(&args.images, ".livepoint-bench")?,
-            shm: Scratch::inside(&args.shm, ".livepoint-bench")?,
+            disk: Scratch::inside(&absolute(&args.images)?, ".livepoint-bench")?,
+            shm: Scratch::inside(&absolute(&args.shm)?, ".livepoint-bench")?,
             qemu: qemu.transpose()?,
             interrupted,
             machines: Cell::new(0),
@@ -96,6 +101,28 @@ impl<'a> Setup<'a> {
     /// Says what is being done.
     pub fn say(&self, text: impl fmt::Display) {
         self.out.say(text);
+    }
+
+    /// Returns the protocols to measure: all that this build has, or those that are asked for.
+    pub fn protocols(&self) -> Vec<Protocol> {
+        let asked = &self.args.protocols;
+        let all = Protocol::ALL.into_iter();
+        all.filter(|protocol| asked.is_empty() || asked.contains(protocol))
+            .collect()
+    }
+
+    /// Returns the protocol of that name, where this build has it and it is to be measured.
+    pub fn protocol(&self, name: &str) -> Option<Protocol> {
+        let protocols = self.protocols();
+        protocols
+            .into_iter()
+            .find(|protocol| protocol.name() == name)
+    }
+
+    /// Returns each protocol to measure, with ample staging.
+    pub fn ours(&self) -> Vec<Contender> {
+        let ours = |protocol| Contender::Ours(protocol, Staging::Ample);
+        self.protocols().into_iter().map(ours).collect()
     }
 
     /// Fails once the user has asked to end.

@@ -174,7 +174,8 @@ fn fits(setup: &Setup, kind: Kind, size: u64) -> Result<(), String> {
 }
 
 fn measure(setup: &Setup, kind: Kind, sizes: &[u64]) -> anyhow::Result<Vec<Cell>> {
-    let protocols: Vec<_> = Protocol::ALL
+    let protocols: Vec<_> = setup
+        .protocols()
         .into_iter()
         .filter(|&one| is_live(one))
         .collect();

@@ -31,6 +31,9 @@ impl Spread {
 
     /// Formats it as `median (min–max)`, each value divided by `unit`.
     pub fn cell(&self, unit: f64, decimals: usize) -> String {
+        if self.runs == 1 {
+            return format!("{:.decimals$}", self.median / unit);
+        }
         format!(
             "{:.decimals$} ({:.decimals$}–{:.decimals$})",
             self.median / unit,
@@ -101,6 +104,7 @@ mod tests {
     fn a_cell_shows_the_median_first() {
         let spread = Spread::of([1000.0, 2000.0, 4000.0]);
         assert_eq!(cell(spread.as_ref(), 1e3, 1), "2.0 (1.0–4.0)");
+        assert_eq!(cell(Spread::of([2.5]).as_ref(), 1.0, 1), "2.5");
         assert_eq!(cell(None, 1.0, 1), "");
     }
 }
