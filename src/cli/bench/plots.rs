@@ -79,7 +79,7 @@ fn npb_plot(measure: &Measure, target: &str, columns: &[(&str, &TargetFigures)])
         groups: columns
             .iter()
             .map(|(kernel, figures)| Group {
-                name: kernel.to_uppercase(),
+                name: kernel.to_uppercase() + if figures.judged { "" } else { " (not judged)" },
                 pale: !figures.judged,
             })
             .collect(),
