@@ -1,10 +1,12 @@
 # The one task runner. On a fresh Debian 12 with Rust and root (or sudo):
 #   make demo   the main story, with a table at the end
 #   make test   every test, in its short form
+#   make bench  the evaluation, in three quarters of an hour; see docs/measurements.md
 
 PREFIX  ?= /usr/local
 LIBDIR  ?= $(PREFIX)/lib
 DESTDIR ?=
+BENCH   ?= --runs 3
 CARGO   ?= cargo
 
 VERSION   := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
@@ -57,8 +59,8 @@ lint: setup ## formatting, clippy, and the header against the source
 	$(CARGO) clippy --quiet --all-targets -- -D warnings
 	$(CARGO) clippy --quiet --lib --no-default-features -- -D warnings
 
-bench: build ## downtime of each protocol on this machine, as Markdown and JSON
-	$(TARGET)/release/livepoint bench
+bench: build ## what checkpoints cost on this machine, with a report and plots (BENCH="options")
+	$(TARGET)/release/livepoint bench --out $(TARGET)/bench $(BENCH)
 
 header: ## copies the generated C header to include/
 	$(CARGO) build --release --lib

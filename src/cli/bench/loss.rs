@@ -7,14 +7,19 @@
 
 use serde::Serialize;
 
-use super::spread::median;
+use super::spread::{median, quartiles};
 use super::ticks::{Tick, Ticks};
 
 /// The guest is back at its speed when so many intervals in a row have ..
 const RECOVERED_INTERVALS: usize = 5;
 
-/// .. this share of the base rate, taken together.
+/// .. this share of the base rate, taken together, or what three quarters of the intervals before
+/// the request had, where the host is noisy. Else the noise of a quiet guest would count as loss
+/// for as long as it is unlucky ..
 const RECOVERED_SHARE: f64 = 0.97;
+
+/// .. but no less than this.
+const RECOVERED_SHARE_MIN: f64 = 0.8;
 
 /// Printing that takes longer than so many times what it does on a quiet machine contains an
 /// outage, which is loss.
@@ -102,7 +107,7 @@ pub(super) fn lost_work(ticks: &Ticks, place: Place) -> Option<Loss> {
     let before_rate = rate_of(before.iter().copied())?;
     let recovered = (place.done..intervals.len()).find(|&at| {
         let next = intervals.get(at..at + RECOVERED_INTERVALS);
-        next.is_some_and(|next| mean_rate(next) >= RECOVERED_SHARE * before_rate)
+        next.is_some_and(|next| mean_rate(next) >= recovered_share(before) * before_rate)
     });
     let end = recovered.unwrap_or(intervals.len());
     let base = rate_of(before.iter().chain(&intervals[end..]).copied())?;
@@ -123,6 +128,14 @@ pub(super) fn lost_work(ticks: &Ticks, place: Place) -> Option<Loss> {
             .fold(0.0, f64::max),
         trace: trace(&intervals, place.quiet_from, first, base),
     })
+}
+
+/// Returns the share of its usual rate at which a guest counts as being back at it.
+fn recovered_share(quiet: &[Interval]) -> f64 {
+    let rates = || quiet.iter().map(|one| one.pages / one.work_s);
+    let low = quartiles(rates()).zip(median(rates()));
+    let share = low.map_or(1.0, |((low, _), middle)| low / middle);
+    share.clamp(RECOVERED_SHARE_MIN, RECOVERED_SHARE)
 }
 
 fn intervals(ticks: &Ticks) -> Vec<Interval> {
@@ -233,6 +246,14 @@ mod tests {
         assert!(near(loss.lost_s, 8.0 * 0.027), "{}", loss.lost_s);
         assert_eq!(loss.recovered, Some(30));
         assert!(near(loss.disturbed_s, 20.0 * 0.030));
+    }
+
+    #[test]
+    fn the_noise_of_a_quiet_guest_does_not_keep_it_from_being_back() {
+        let noisy: Vec<f64> = (0..40).map(|i| [1.0, 0.85, 1.0, 1.1][i % 4]).collect();
+        let loss = lost_work(&ticks(&noisy), PLACE).unwrap();
+        assert_eq!(loss.recovered, Some(21));
+        assert!(loss.lost_s.abs() < 0.01, "{}", loss.lost_s);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::super::output::{bytes, table, to_f64};
 use super::contender::Contender;
 use super::sample::Stalls;
 use super::setup::{Row, Setup, Target, discard, ensure_any};
-use super::spread::{Spread, cell, middle_half};
+use super::spread::{Spread, cell, quartiles};
 use super::vm::{Backing, GuestSpec, Outcome, Vm};
 
 /// Kernels that the guest may have, in the paper's order.
@@ -260,7 +260,7 @@ impl Plan {
             kernel: self.kernel,
             repeat: self.repeat,
             undisturbed_s,
-            undisturbed_middle_half_s: middle_half(seconds()),
+            undisturbed_middle_half_s: quartiles(seconds()).map(|(low, high)| high - low),
             undisturbed_gap_us: Spread::of(self.undisturbed.samples.iter().map(|run| run.gap_us)),
             error: self.undisturbed.error,
         }

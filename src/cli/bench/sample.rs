@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::contender::Contender;
 use super::setup::discard;
@@ -49,7 +50,13 @@ pub(super) struct Stalls {
 impl Stalls {
     /// Returns those of a checkpoint, where its protocol has any.
     pub fn of(outcome: &Outcome) -> Option<Self> {
-        serde_json::from_value(outcome.statistics.get("stalls")?.clone()).ok()
+        let stalls: Self =
+            serde_json::from_value(outcome.statistics.get("stalls")?.clone()).ok()?;
+        let protected = outcome
+            .statistics
+            .get("arming")
+            .is_some_and(Value::is_object);
+        (protected || stalls.count > 0.0).then_some(stalls)
     }
 }
 
@@ -138,6 +145,11 @@ mod tests {
         };
         let stalls = Stalls::of(&outcome).unwrap();
         assert_eq!((stalls.count, stalls.p99_us), (3.0, 2.5));
+        let none = json!({ "count": 0, "p50_us": 0, "p99_us": 0, "max_us": 0 });
+        outcome.statistics = json!({ "stalls": none, "arming": null });
+        assert_eq!(Stalls::of(&outcome), None);
+        outcome.statistics = json!({ "stalls": none, "arming": { "us": 1 } });
+        assert!(Stalls::of(&outcome).is_some());
         outcome.statistics = json!({ "stalls": null });
         assert_eq!(Stalls::of(&outcome), None);
         outcome.statistics = json!(null);

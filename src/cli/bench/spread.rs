@@ -48,11 +48,11 @@ pub(super) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Spread::of(values).map(|spread| spread.median)
 }
 
-/// Returns how far the middle half of `values` is apart.
-pub(super) fn middle_half(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+/// Returns the value that a quarter of `values` are below, and the one that a quarter are above.
+pub(super) fn quartiles(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
-    (!values.is_empty()).then(|| quantile(&values, 0.75) - quantile(&values, 0.25))
+    (!values.is_empty()).then(|| (quantile(&values, 0.25), quantile(&values, 0.75)))
 }
 
 /// Returns the value below which a `share` of the `sorted` values is, between two of them if need
@@ -94,10 +94,10 @@ mod tests {
     }
 
     #[test]
-    fn one_value_far_off_does_not_widen_the_middle_half() {
-        assert_eq!(middle_half([1.0, 2.0, 3.0, 4.0, 100.0]), Some(2.0));
-        assert_eq!(middle_half([5.0]), Some(0.0));
-        assert_eq!(middle_half([]), None);
+    fn one_value_far_off_does_not_move_the_quartiles() {
+        assert_eq!(quartiles([1.0, 2.0, 3.0, 4.0, 100.0]), Some((2.0, 4.0)));
+        assert_eq!(quartiles([5.0]), Some((5.0, 5.0)));
+        assert_eq!(quartiles([]), None);
     }
 
     #[test]

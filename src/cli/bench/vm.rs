@@ -238,7 +238,12 @@ impl Vm {
 }
 
 fn ours(vm: &mut VmProcess, request: CheckpointRequest) -> anyhow::Result<Outcome> {
+    let protocol = request.protocol;
     let (summary, began) = vm.checkpoint_from(request)?;
+    // What another protocol did says nothing of this one.
+    if let Some(why) = summary.statistics["fallback"].as_str() {
+        anyhow::bail!("this host cannot do {protocol}: {why}");
+    }
     Ok(Outcome {
         downtime: Some(Duration::from_micros(summary.figures.downtime_us)),
         total: Duration::from_micros(summary.figures.total_us),
