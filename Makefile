@@ -1,7 +1,7 @@
 # The one task runner. On a fresh Debian 12 with Rust and root (or sudo):
 #   make demo   the main story, with a table at the end
 #   make test   every test, in its short form
-#   make bench  the evaluation, in three quarters of an hour; see docs/measurements.md
+#   make bench  the evaluation, in about an hour; see docs/measurements.md
 
 PREFIX  ?= /usr/local
 LIBDIR  ?= $(PREFIX)/lib
