@@ -12,7 +12,7 @@ use super::contender::{Contender, Staging};
 use super::sample::{Sample, spread, spread_of_some, take, wait_ticks};
 use super::setup::{Row, Setup, ensure_any};
 use super::spread::{Spread, cell};
-use super::vm::{Backing, GuestSpec, Vm};
+use super::vm::{Backing, GuestSpec, Vm, micros};
 use super::yardstick::plain_write;
 use crate::host::Protocol;
 
@@ -64,7 +64,7 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Downtime> {
     for run in 1..=args.runs {
         setup.say(format_args!("downtime: run {run} of {}", args.runs));
         let write = plain_write(&target.path("plain"), args.memory)?;
-        plain.push(write.written.as_secs_f64() * 1e6);
+        plain.push(micros(write.written));
         idle.push(idle_gap_us(&vm)?);
         for (_, row) in &mut rows {
             row.turn(setup, |contender| {

@@ -10,7 +10,7 @@ use super::super::output::{bytes, table};
 use super::contender::{Contender, Staging};
 use super::setup::{Row, Setup, Target, discard, ensure_any};
 use super::spread::{Spread, cell};
-use super::vm::{Backing, GuestSpec, Vm};
+use super::vm::{Backing, GuestSpec, Vm, micros};
 use super::yardstick::{Memory, PlainWrite, plain_write};
 
 /// The guest is hardly busy: it rewrites 1 MiB in a second.
@@ -141,10 +141,6 @@ fn sample(
         image_bytes: outcome.image_bytes,
         cpu_us: outcome.figure("/cpu_us"),
     })
-}
-
-fn micros(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e6
 }
 
 impl Place {

@@ -3,6 +3,7 @@
 //! Every turn has a machine of its own, so that nobody starts with what another has left of its
 //! memory; it is saved twice, since the second time buffers are there already.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -15,7 +16,7 @@ use super::qemu::QemuMode;
 use super::sample::wait_ticks;
 use super::setup::{Row, Setup, Target, discard, ensure_any};
 use super::spread::{Spread, cell};
-use super::vm::{Backing, GuestSpec, Outcome, Vm, half_full};
+use super::vm::{Backing, GuestSpec, Outcome, Vm, captured_by, half_full, title};
 
 const WORKING_SET_PERCENT: u32 = 50;
 
@@ -77,6 +78,8 @@ struct Costs {
     total_ms: Option<Spread>,
     staging_peak_bytes: Option<Spread>,
     image_bytes: Option<Spread>,
+    /// The protocols that captured memory, which `auto` chooses.
+    captured_by: BTreeSet<String>,
     /// Runs in which the guest was back at its speed before the watch ended.
     recovered: usize,
 }
@@ -240,8 +243,10 @@ impl Figures {
             cell(spread.as_ref(), 1.0, 0)
         };
         let size = costs.and_then(|costs| costs.image_bytes);
+        let none = BTreeSet::new();
+        let by = costs.map_or(&none, |costs| &costs.captured_by);
         vec![
-            format!("{}{order}", self.contender),
+            title(self.contender, by) + order,
             ms(|costs| costs.lost_ms),
             ms(|costs| costs.difference_ms),
             ms(|costs| costs.disturbed_ms),
@@ -276,6 +281,7 @@ impl Costs {
             total_ms: outcome(|one| Some(one.total_us() / 1e3)),
             staging_peak_bytes: outcome(|one| one.figure("/staging/peak_bytes")),
             image_bytes: outcome(|one| Some(to_f64(one.image_bytes))),
+            captured_by: captured_by(samples.iter().filter_map(|one| one.outcome.as_ref())),
             recovered: samples
                 .iter()
                 .filter(|one| one.loss.recovered.is_some())

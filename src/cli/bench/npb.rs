@@ -4,6 +4,7 @@
 //! added run time, time of the checkpoint and longest outage, beside those of `stop`. The
 //! checkpoint starts where the working set is at its peak.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -15,7 +16,7 @@ use super::contender::Contender;
 use super::sample::Stalls;
 use super::setup::{Row, Setup, Target, discard, ensure_any};
 use super::spread::{Spread, cell, quartiles};
-use super::vm::{Backing, GuestSpec, Outcome, Vm};
+use super::vm::{Backing, GuestSpec, Outcome, Vm, captured_by, title};
 
 /// Kernels that the guest may have, in the paper's order.
 const KERNELS: [&str; 5] = ["ep", "mg", "is", "ft", "cg"];
@@ -79,6 +80,8 @@ pub(super) struct Figures {
     /// Bytes of the image, as a share of the guest's memory.
     written_to_memory: Option<Spread>,
     cpu_us: Option<Spread>,
+    /// The protocols that captured memory, which `auto` chooses.
+    captured_by: BTreeSet<String>,
     error: Option<String>,
 }
 
@@ -329,6 +332,7 @@ impl Figures {
             staging_peak_bytes: of(&|one| one.figure("/staging/peak_bytes")),
             written_to_memory: of(&|one| Some(to_f64(one.image_bytes) / to_f64(memory_bytes))),
             cpu_us: of(&|one| one.figure("/cpu_us")),
+            captured_by: captured_by(runs.iter().filter_map(|run| run.outcome.as_ref())),
             error: row.error,
         }
     }
@@ -338,7 +342,11 @@ impl Figures {
         let show = |spread: &Option<Spread>, unit, decimals| cell(spread.as_ref(), unit, decimals);
         let judged = if target.judged { "" } else { " *" };
         vec![
-            format!("{}, {}{judged}", target.target, self.protocol),
+            format!(
+                "{}, {}{judged}",
+                target.target,
+                title(self.protocol, &self.captured_by)
+            ),
             show(&self.added_s, 1.0, 2),
             to(self.overhead_to_stop),
             show(&self.guest_gap_us, 1e3, 1),

@@ -25,6 +25,8 @@ const SLACK_US: u64 = 500;
 /// What one checkpoint cost. Times are in µs.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Sample {
+    /// The protocol that captured memory, which `auto` chooses.
+    pub captured_by: Option<String>,
     pub downtime_us: f64,
     /// Largest gap that the guest saw from the request until it ran as before.
     pub guest_gap_us: f64,
@@ -75,6 +77,7 @@ pub(super) fn take(
     let ticks = wait_ticks(vm, done + TICKS_AFTER)?;
     discard(&request.image)?;
     Ok(Sample {
+        captured_by: outcome.captured_by().map(str::to_owned),
         downtime_us: outcome.downtime_us().unwrap_or(0.0),
         guest_gap_us: ticks.largest_gap_us(seen).unwrap_or(0.0),
         pause_gap_us: pause_gap_us(&ticks, seen, &outcome),

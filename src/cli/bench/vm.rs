@@ -1,5 +1,6 @@
 //! A guest in a virtual machine of ours or of a peer's, with the same view of both.
 
+use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,6 +9,7 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use super::super::console_log::ConsoleLog;
+use super::super::output::to_f64;
 use super::super::vm_process::VmProcess;
 use super::contender::Contender;
 use super::qemu::{QemuProcess, QemuProgram};
@@ -142,12 +144,41 @@ impl Outcome {
 
     /// Returns the downtime in µs.
     pub fn downtime_us(&self) -> Option<f64> {
-        self.downtime.map(|time| time.as_secs_f64() * 1e6)
+        self.downtime.map(micros)
     }
 
     /// Returns the total time in µs.
     pub fn total_us(&self) -> f64 {
-        self.total.as_secs_f64() * 1e6
+        micros(self.total)
+    }
+
+    /// Returns the protocol that captured memory, which `auto` leaves open.
+    pub fn captured_by(&self) -> Option<&str> {
+        self.statistics["protocol"].as_str()
+    }
+}
+
+/// Returns whole microseconds.
+pub(super) fn micros(time: Duration) -> f64 {
+    to_f64(u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Returns the protocols that captured memory, each once.
+pub(super) fn captured_by<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> BTreeSet<String> {
+    outcomes
+        .filter_map(Outcome::captured_by)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Formats a contender's name, with the protocols that captured memory where they are others.
+pub(super) fn title(contender: Contender, captured_by: &BTreeSet<String>) -> String {
+    let names: Vec<&str> = captured_by.iter().map(String::as_str).collect();
+    match contender.protocol() {
+        Some(protocol) if !names.is_empty() && names != [protocol.name()] => {
+            format!("{contender} ({})", names.join(", "))
+        }
+        _ => contender.to_string(),
     }
 }
 
@@ -262,6 +293,17 @@ mod tests {
         assert!(half_full(10, "2m", 30).contains("fill_percent=44 "));
         assert!(half_full(50, "2m", 30).contains("fill_percent=0 "));
         assert!(half_full(60, "4k", 30).contains("fill_percent=0 pages=4k"));
+    }
+
+    #[test]
+    fn what_another_protocol_captured_is_shown_so() {
+        let by = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        let stop = crate::host::Protocol::Stop;
+        let contender = Contender::Ours(stop, super::super::contender::Staging::Ample);
+        assert_eq!(title(contender, &by(&["stop"])), "stop");
+        assert_eq!(title(contender, &by(&[])), "stop");
+        assert_eq!(title(contender, &by(&["cow", "stop"])), "stop (cow, stop)");
+        assert_eq!(title(Contender::Nothing, &by(&[])), "none");
     }
 
     #[test]
