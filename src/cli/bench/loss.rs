@@ -26,7 +26,7 @@ const RECOVERED_SHARE_MIN: f64 = 0.8;
 const PRINTING_FACTOR: f64 = 4.0;
 
 /// The shortest outage that is shown by itself in the rate over time.
-const SHOWN_GAP_S: f64 = 0.005;
+const SHOWN_GAP_S: f64 = 0.015;
 
 /// Where a checkpoint is among a guest's ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

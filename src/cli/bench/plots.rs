@@ -2,7 +2,7 @@
 
 use super::lost_work::LostWork;
 use super::npb::{Figures, Kernel, Npb, TargetFigures};
-use super::svg::{BarChart, BarSeries, Group, LineChart, LineSeries};
+use super::svg::{BarChart, BarSeries, Group, LineSeries, StripChart};
 
 /// A plot and the name of its file.
 #[derive(Debug)]
@@ -18,8 +18,11 @@ const BEFORE_S: f64 = 0.3;
 /// How much is shown after it, at most.
 const AFTER_S: f64 = 6.0;
 
-/// A rate that has been above this for good is as it was.
-const AT_SPEED: f64 = 0.9;
+/// What is shown ends when no rate is below this any more: less is noise.
+const AT_SPEED: f64 = 0.5;
+
+/// A rate above this is shown as this.
+const RATE_MAX: f64 = 1.3;
 
 /// What is compared with `stop`.
 struct Measure {
@@ -113,11 +116,15 @@ pub(super) fn lost_work_plots(lost_work: &LostWork) -> Vec<Plot> {
                 points: steps(trace),
             })
             .collect();
-        let chart = LineChart {
-            title: format!("The guest's rate through a checkpoint, image in {target}"),
+        let chart = StripChart {
+            title: format!(
+                "The guest's rate through a checkpoint, as a share of the undisturbed one; image \
+                 in {target}"
+            ),
             x_label: "seconds from the request".to_owned(),
-            y_label: "share of the undisturbed rate".to_owned(),
             x_range: (-BEFORE_S, shown_until(&series)),
+            y_max: RATE_MAX,
+            reference: 1.0,
             series,
         };
         Plot {
@@ -156,9 +163,9 @@ mod tests {
     #[test]
     fn a_rate_is_drawn_in_steps_until_all_are_at_their_speed() {
         let point = |until_s, rate| Point { until_s, rate };
-        let trace = [point(0.0, 1.0), point(1.0, 0.5), point(1.5, 1.0)];
+        let trace = [point(0.0, 1.0), point(1.0, 0.4), point(1.5, 1.0)];
         let points = steps(&trace);
-        assert_eq!(points, [(0.0, 0.5), (1.0, 0.5), (1.0, 1.0), (1.5, 1.0)]);
+        assert_eq!(points, [(0.0, 0.4), (1.0, 0.4), (1.0, 1.0), (1.5, 1.0)]);
         let series = [LineSeries {
             name: String::new(),
             points,

@@ -9,6 +9,12 @@ const RIGHT: f64 = 20.0;
 const TOP: f64 = 50.0;
 const BOTTOM: f64 = 100.0;
 
+/// What a strip takes, with the gap above it; names stand to its left.
+const STRIP: f64 = 58.0;
+const STRIP_GAP: f64 = 12.0;
+const STRIP_LEFT: f64 = 205.0;
+const AXIS: f64 = 55.0;
+
 /// What one entry of the legend takes.
 const LEGEND_ENTRY: f64 = 205.0;
 const LEGEND_LINE: f64 = 18.0;
@@ -48,17 +54,22 @@ pub(super) struct BarSeries {
     pub values: Vec<Option<f64>>,
 }
 
-/// A line for each of `series`, through its points in order.
+/// A strip for each of `series`, one below the other over the same x axis: many lines in one plane
+/// would hide each other.
 #[derive(Clone, Debug)]
-pub(super) struct LineChart {
+pub(super) struct StripChart {
     pub title: String,
     pub x_label: String,
-    pub y_label: String,
     pub series: Vec<LineSeries>,
     /// Where the x axis begins and ends.
     pub x_range: (f64, f64),
+    /// Where each strip's y axis ends; it begins at 0.
+    pub y_max: f64,
+    /// A line across each strip.
+    pub reference: f64,
 }
 
+/// A line through points in order.
 #[derive(Clone, Debug)]
 pub(super) struct LineSeries {
     pub name: String,
@@ -69,6 +80,8 @@ pub(super) struct LineSeries {
 struct Plane {
     x: (f64, f64),
     y: (f64, f64),
+    left: f64,
+    top: f64,
     bottom: f64,
 }
 
@@ -80,17 +93,19 @@ impl Plane {
         Self {
             x: some(x),
             y: some(y),
+            left: LEFT,
+            top: TOP,
             bottom: HEIGHT - BOTTOM - extra,
         }
     }
 
     fn x_of(&self, value: f64) -> f64 {
-        LEFT + (value - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - LEFT - RIGHT)
+        self.left + (value - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - self.left - RIGHT)
     }
 
     fn y_of(&self, value: f64) -> f64 {
         let share = (value.clamp(self.y.0, self.y.1) - self.y.0) / (self.y.1 - self.y.0);
-        self.bottom - share * (self.bottom - TOP)
+        self.bottom - share * (self.bottom - self.top)
     }
 }
 
@@ -109,7 +124,7 @@ impl BarChart {
             (-nice(-low), nice(high)),
             legend_lines(self.series.len()),
         );
-        let mut svg = begin(&self.title);
+        let mut svg = begin(&self.title, HEIGHT);
         y_axis(&mut svg, &plane, &self.y_label);
         let slot = 0.8 / to_f64(self.series.len().max(1));
         for (index, group) in self.groups.iter().enumerate() {
@@ -142,45 +157,57 @@ impl BarChart {
     }
 }
 
-impl LineChart {
+impl StripChart {
     pub fn render(&self) -> String {
-        let (from, to) = self.x_range;
-        let seen = |&&(x, _): &&(f64, f64)| (from..=to).contains(&x);
-        let points = self
-            .series
-            .iter()
-            .flat_map(|one| one.points.iter().filter(seen));
-        let high = points.map(|point| point.1).fold(0.0, f64::max);
-        let plane = Plane::new(
-            (from, to),
-            (0.0, nice(high)),
-            legend_lines(self.series.len()),
-        );
-        let mut svg = begin(&self.title);
-        y_axis(&mut svg, &plane, &self.y_label);
-        x_axis(&mut svg, &plane, &self.x_label);
+        let height = TOP + STRIP * to_f64(self.series.len()) + AXIS;
+        let mut svg = begin(&self.title, height);
+        let mut plane = Plane {
+            x: self.x_range,
+            y: (0.0, self.y_max),
+            left: STRIP_LEFT,
+            top: TOP,
+            bottom: TOP,
+        };
         for (number, series) in self.series.iter().enumerate() {
-            let mut path = String::new();
-            for (x, y) in series.points.iter().filter(seen) {
-                let (x, y) = (plane.x_of(*x), plane.y_of(*y));
-                write!(path, "{x:.1},{y:.1} ").expect("writing to a string does not fail");
-            }
-            svg += &format!(
-                "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"1.8\"/>\n",
-                path.trim_end(),
-                colour(number)
-            );
+            plane.top = TOP + STRIP * to_f64(number) + STRIP_GAP;
+            plane.bottom = TOP + STRIP * to_f64(number + 1);
+            self.strip(&mut svg, &plane, series, colour(number));
         }
-        legend(&mut svg, &plane, self.series.iter().map(|one| &one.name));
+        x_axis(&mut svg, &plane, &self.x_label);
         svg + "</svg>\n"
+    }
+
+    fn strip(&self, svg: &mut String, plane: &Plane, series: &LineSeries, colour: &str) {
+        let (left, right) = (plane.left, WIDTH - RIGHT);
+        for (value, stroke) in [(0.0, "#000"), (self.reference, "#bbb")] {
+            let y = plane.y_of(value);
+            *svg += &format!(
+                "<line x1=\"{left}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\" \
+                 stroke=\"{stroke}\"/>\n"
+            );
+            text(svg, (left - 5.0, y + 4.0), "end", 10, &short(value));
+        }
+        let (from, to) = self.x_range;
+        let mut path = String::new();
+        let seen = |point: &&(f64, f64)| (from..=to).contains(&point.0);
+        for (x, y) in series.points.iter().filter(seen) {
+            let (x, y) = (plane.x_of(*x), plane.y_of(*y));
+            write!(path, "{x:.1},{y:.1} ").expect("writing to a string does not fail");
+        }
+        *svg += &format!(
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.6\"/>\n",
+            path.trim_end()
+        );
+        let middle = f64::midpoint(plane.top, plane.bottom);
+        text(svg, (12.0, middle + 4.0), "start", 12, &series.name);
     }
 }
 
-fn begin(title: &str) -> String {
+fn begin(title: &str, height: f64) -> String {
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-         viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\">\n\
-         <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fff\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\">\n\
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
     );
     text(&mut svg, (WIDTH / 2.0, 26.0), "middle", 16, title);
     svg
@@ -235,10 +262,7 @@ fn x_axis(svg: &mut String, plane: &Plane, label: &str) {
         );
         text(svg, (x, y + 18.0), "middle", 12, &short(value));
     }
-    let to = WIDTH - RIGHT;
-    *svg +=
-        &format!("<line x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{to}\" y2=\"{y:.1}\" stroke=\"#000\"/>\n");
-    let middle = f64::midpoint(LEFT, to);
+    let middle = f64::midpoint(plane.left, WIDTH - RIGHT);
     text(svg, (middle, y + 38.0), "middle", 13, label);
 }
 
@@ -378,20 +402,29 @@ mod tests {
     }
 
     #[test]
-    fn a_line_leaves_out_what_is_beyond_the_axis() {
-        let chart = LineChart {
+    fn a_strip_leaves_out_what_is_beyond_the_axis() {
+        let line = |name: &str| LineSeries {
+            name: name.to_owned(),
+            points: vec![(-1.0, 9.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (2.0, 9.0)],
+        };
+        let chart = StripChart {
             title: "rate".to_owned(),
             x_label: "s".to_owned(),
-            y_label: "share".to_owned(),
-            series: vec![LineSeries {
-                name: "stop".to_owned(),
-                points: vec![(-1.0, 9.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (2.0, 9.0)],
-            }],
+            series: vec![line("stop"), line("cow")],
             x_range: (0.0, 1.0),
+            y_max: 1.25,
+            reference: 1.0,
         };
         let svg = chart.render();
-        let line = svg.lines().find(|line| line.starts_with("<polyline"));
-        assert_eq!(line.unwrap().matches(',').count(), 3);
+        let lines: Vec<_> = svg
+            .lines()
+            .filter(|one| one.starts_with("<polyline"))
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(lines[0].matches(',').count(), 3);
+        // Each in its own place.
+        assert_ne!(lines[0].split('"').nth(1), lines[1].split('"').nth(1));
+        assert!(svg.contains(">cow</text>"));
     }
 
     #[test]
