@@ -150,7 +150,7 @@ fn a_killed_checkpoint_leaves_a_whole_image_or_none_and_the_one_before() {
     }
     let mut random = Random::new(2011);
     let each = if long() { 60 } else { 12 };
-    for protocol in Protocol::ALL {
+    for protocol in Protocol::CAPTURING {
         for to_one_file in [false, true] {
             let outcomes = kill_all(protocol, each, to_one_file, &mut random);
             println!("{protocol}, to one file: {to_one_file}: {outcomes:?}");

@@ -12,6 +12,7 @@ use anyhow::{Context as _, bail};
 use super::console_log::ConsoleLog;
 use super::worker::wait_for;
 use crate::host::control::ControlClient;
+use crate::host::control::protocol::Method;
 use crate::host::{
     CheckpointRequest, CheckpointSummary, Domain, DomainChanges, RuntimeDir, host_tsc,
 };
@@ -112,6 +113,11 @@ impl VmProcess {
         let job = self.client.start_checkpoint(request)?;
         let began = before..=host_tsc();
         Ok((self.client.wait(job, |_| ())?, began))
+    }
+
+    /// Stops the guest's vCPUs.
+    pub fn pause(&mut self) -> anyhow::Result<()> {
+        Ok(self.client.run(Method::Pause)?)
     }
 
     /// Kills the process as a crash would: no handler runs.

@@ -40,6 +40,7 @@ impl Target {
             image: self.dir.join("image.lpi"),
             max_bandwidth: self.max_bandwidth,
             durable: true,
+            spare: None,
         }
     }
 

@@ -121,6 +121,8 @@ pub(super) struct Request {
     pub image: PathBuf,
     pub max_bandwidth: Option<u64>,
     pub durable: bool,
+    /// A file to write over.
+    pub spare: Option<PathBuf>,
 }
 
 /// A checkpoint that was taken.
@@ -245,6 +247,14 @@ impl Vm {
         Ticks::parse(&self.console().text()?)
     }
 
+    /// Stops the guest's vCPUs for good.
+    pub fn pause(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Ours(vm) => vm.pause(),
+            Self::Peer(_) => anyhow::bail!("only machines of ours are measured at rest"),
+        }
+    }
+
     /// Takes a checkpoint as `contender` does. The guest runs on.
     pub fn checkpoint(
         &mut self,
@@ -260,6 +270,7 @@ impl Vm {
                 wanted.max_bandwidth = request.max_bandwidth;
                 wanted.max_staging_bytes = staging.bytes(memory_bytes);
                 wanted.durable = request.durable;
+                wanted.spare.clone_from(&request.spare);
                 ours(vm, wanted)
             }
             (Self::Peer(vm), Contender::Qemu(mode)) => vm.checkpoint(mode, request),
