@@ -58,6 +58,8 @@ pub(crate) struct Policy {
     pub(crate) write_threads: usize,
     /// Chunk buffers between capture and disk.
     pub(crate) buffers: usize,
+    /// Those of them that are enough to keep the disk busy.
+    pub(crate) hot_buffers: usize,
     pub(crate) interval: Duration,
     pub(crate) downtime_budget: Duration,
     /// How long write-protecting memory may take in the pause.
@@ -91,6 +93,7 @@ impl Policy {
             write_threads: threads,
             // One in the hands of each thread, and one on its way to each writer.
             buffers: 3 * threads + 1,
+            hot_buffers: 2 * threads + 1,
             interval: options.interval,
             downtime_budget,
             arming_budget: ARMING_BUDGET.min(downtime_budget / 2),

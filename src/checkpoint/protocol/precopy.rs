@@ -38,7 +38,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         &session.control,
         &image,
         &session.tally,
-        Buffers { all, reserve: 0 },
+        Buffers::alike(all),
         session.policy.write_threads,
     )?;
     drop(image);

@@ -29,10 +29,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.statistics.capture_threads = session.policy.scan_threads() as u64;
     session.statistics.write_threads = session.policy.write_threads as u64;
     let staging = make_staging(session)?;
-    let buffers = Buffers {
-        all: session.options.workspace.buffers(session.policy.buffers)?,
-        reserve: 0,
-    };
+    let buffers = Buffers::alike(session.options.workspace.buffers(session.policy.buffers)?);
     let image = session.image();
     let (queue, returned) = start_writers(
         &mut session.writers,

@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
@@ -166,54 +167,90 @@ pub(crate) struct WriteQueue {
 /// The free buffers, of which some may be kept for urgent copies.
 #[derive(Clone, Debug)]
 struct Pool {
+    /// The few that go round while nobody is in a hurry: they stay in the CPU's cache from the
+    /// copy to the write.
+    hot: (Sender<Buffer>, Receiver<Buffer>),
     free: (Sender<Buffer>, Receiver<Buffer>),
+    /// Has room for the reserve and no more.
     urgent: (Sender<Buffer>, Receiver<Buffer>),
-    /// How many of those that come back go to the urgent side first.
-    reserve: usize,
 }
 
 impl Pool {
-    fn new(buffers: Vec<Buffer>, reserve: usize) -> Self {
+    fn new(buffers: Buffers) -> Self {
+        let Buffers { all, reserve, hot } = buffers;
         let pool = Self {
-            free: bounded(buffers.len()),
-            urgent: bounded(buffers.len()),
-            reserve,
+            hot: bounded(hot),
+            free: bounded(all.len()),
+            urgent: bounded(reserve),
         };
-        buffers.into_iter().for_each(|buffer| pool.put(buffer));
+        all.into_iter().for_each(|buffer| pool.put(buffer));
         pool
     }
 
-    /// Does not wait: each side has room for all buffers.
+    /// Fills the reserve first, then the hot side. Does not wait: the last one has room for all.
+    ///
+    /// The reserve never grows above its size, however many give buffers back at a time: the sweep
+    /// would wait for those above, and they for a writer in need of them that may never come.
     fn put(&self, buffer: Buffer) {
-        let side = if self.urgent.0.len() < self.reserve {
-            &self.urgent.0
-        } else {
-            &self.free.0
+        let rest = match self.urgent.0.try_send(buffer) {
+            Ok(()) => return,
+            Err(full) => self.hot.0.try_send(full.into_inner()),
         };
-        side.send(buffer).expect("the pool itself holds a receiver");
+        if let Err(full) = rest {
+            let sent = self.free.0.send(full.into_inner());
+            sent.expect("the pool itself holds a receiver");
+        }
+    }
+
+    /// Returns a buffer if one is free, not from the reserve; the hot ones first.
+    fn try_take(&self) -> Option<Buffer> {
+        self.hot
+            .1
+            .try_recv()
+            .or_else(|_| self.free.1.try_recv())
+            .ok()
     }
 }
 
 impl WriteQueue {
     /// Waits for a free buffer, and clears it for copies of `epoch`.
     pub(crate) fn buffer(&self, epoch: u32) -> Result<Buffer, Halt> {
+        if let Some(buffer) = self.pool.try_take() {
+            return Self::cleared(Some(buffer), epoch);
+        }
         select! {
+            recv(self.pool.hot.1) -> buffer => Self::cleared(buffer.ok(), epoch),
             recv(self.pool.free.1) -> buffer => Self::cleared(buffer.ok(), epoch),
             recv(self.stop) -> _ => Err(Halt::Stopped),
+        }
+    }
+
+    /// Like [`WriteQueue::buffer`], for a copy that is not urgent at all: waits for a hot buffer,
+    /// but no longer than `patience`; `None` after that.
+    pub(crate) fn hot_buffer(
+        &self,
+        epoch: u32,
+        patience: Duration,
+    ) -> Result<Option<Buffer>, Halt> {
+        select! {
+            recv(self.pool.hot.1) -> buffer => Self::cleared(buffer.ok(), epoch).map(Some),
+            recv(self.stop) -> _ => Err(Halt::Stopped),
+            default(patience) => Ok(None),
         }
     }
 
     /// Like [`WriteQueue::buffer`], for a copy that somebody waits for: takes those of the reserve
     /// too. Returns also whether all buffers were full, so that the disk was waited for.
     pub(crate) fn urgent_buffer(&self, epoch: u32) -> Result<(Buffer, bool), Halt> {
-        let (urgent, free) = (&self.pool.urgent.1, &self.pool.free.1);
-        let at_once = urgent.try_recv().or_else(|_| free.try_recv());
-        if let Ok(buffer) = at_once {
-            return Ok((Self::cleared(Some(buffer), epoch)?, false));
+        let Pool { hot, free, urgent } = &self.pool;
+        let at_once = urgent.1.try_recv().ok().or_else(|| self.pool.try_take());
+        if at_once.is_some() {
+            return Ok((Self::cleared(at_once, epoch)?, false));
         }
         let buffer = select! {
-            recv(urgent) -> buffer => Self::cleared(buffer.ok(), epoch)?,
-            recv(free) -> buffer => Self::cleared(buffer.ok(), epoch)?,
+            recv(urgent.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
+            recv(hot.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
+            recv(free.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
             recv(self.stop) -> _ => return Err(Halt::Stopped),
         };
         Ok((buffer, true))
@@ -227,7 +264,8 @@ impl WriteQueue {
 
     /// Returns how many buffers are free.
     pub(crate) fn free_buffers(&self) -> usize {
-        self.pool.free.1.len() + self.pool.urgent.1.len()
+        let Pool { hot, free, urgent } = &self.pool;
+        hot.1.len() + free.1.len() + urgent.1.len()
     }
 
     /// Gives a buffer back unwritten.
@@ -247,8 +285,9 @@ pub(crate) struct Returned(Pool);
 
 impl Returned {
     pub(crate) fn buffers(&self) -> Vec<Buffer> {
-        let Pool { free, urgent, .. } = &self.0;
-        free.1.try_iter().chain(urgent.1.try_iter()).collect()
+        let Pool { hot, free, urgent } = &self.0;
+        let sides = [hot, free, urgent].into_iter();
+        sides.flat_map(|side| side.1.try_iter()).collect()
     }
 }
 
@@ -257,6 +296,19 @@ pub(crate) struct Buffers {
     pub(crate) all: Vec<Buffer>,
     /// How many are kept for urgent copies.
     pub(crate) reserve: usize,
+    /// How many go round while nobody is in a hurry.
+    pub(crate) hot: usize,
+}
+
+impl Buffers {
+    /// All of them alike.
+    pub(crate) fn alike(all: Vec<Buffer>) -> Self {
+        Self {
+            all,
+            reserve: 0,
+            hot: 0,
+        }
+    }
 }
 
 /// Starts `threads` writing threads in `crew`, fed through the returned queue.
@@ -269,7 +321,7 @@ pub(crate) fn start_writers(
     threads: usize,
 ) -> Result<(WriteQueue, Returned), CheckpointError> {
     let (filled, to_write) = bounded(buffers.all.len());
-    let pool = Pool::new(buffers.all, buffers.reserve);
+    let pool = Pool::new(buffers);
     for number in 0..threads {
         let writer = Writer {
             control: control.clone(),

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use std::os::fd::OwnedFd;
 
@@ -44,6 +45,8 @@ pub(super) struct CopyOnWrite {
     /// Set in the pause, before anything is captured.
     untouched: OnceLock<UntouchedPages>,
     next: AtomicUsize,
+    /// Somebody had to wait for a copy.
+    guest_writes: AtomicBool,
     pub(super) staged_peak: AtomicUsize,
     early_writes: EarlyWrites,
     released: AtomicBool,
@@ -76,6 +79,7 @@ impl CopyOnWrite {
             pieces,
             untouched: OnceLock::new(),
             next: AtomicUsize::new(0),
+            guest_writes: AtomicBool::new(false),
             staged_peak: AtomicUsize::new(0),
             released: AtomicBool::new(false),
             done,
@@ -155,6 +159,7 @@ impl CopyOnWrite {
     /// Captures a piece that somebody waits to write, and lets him. Returns whether the disk had
     /// to be waited for.
     pub(super) fn capture_for_writer(&self, piece: usize) -> Result<bool, Halt> {
+        self.guest_writes.store(true, Ordering::Relaxed);
         let waited = !self.captured.has(piece) && self.capture(piece, For::Writer)?;
         // Also where another thread captured it: it may not have come to the un-protecting yet,
         // and it may be long until the host lets it run again.
@@ -172,12 +177,24 @@ impl CopyOnWrite {
         }
         let queue = &self.parts.queue;
         let (mut buffer, waited) = match wanted {
-            For::Sweep => (queue.buffer(EPOCH)?, false),
+            For::Sweep => (self.buffer_for_sweep()?, false),
             For::Writer => queue.urgent_buffer(EPOCH)?,
         };
         copy_piece(self.layout(), place, untouched.of_piece(piece), &mut buffer);
         self.finish(piece, buffer)?;
         Ok(waited)
+    }
+
+    /// Takes a few buffers in turn, at the pace of the disk, until somebody had to wait for a copy:
+    /// from then on the sweep runs ahead of the guest as far as staging goes.
+    fn buffer_for_sweep(&self) -> Result<Buffer, Halt> {
+        const LOOK: Duration = Duration::from_millis(1);
+        while !self.guest_writes.load(Ordering::Relaxed) {
+            if let Some(buffer) = self.parts.queue.hot_buffer(EPOCH, LOOK)? {
+                return Ok(buffer);
+            }
+        }
+        self.parts.queue.buffer(EPOCH)
     }
 
     /// Zeros that are not even there: an entry in the index, no copy.

@@ -126,7 +126,11 @@ fn make(
         &session.control,
         &image,
         &session.tally,
-        Buffers { all, reserve },
+        Buffers {
+            all,
+            reserve,
+            hot: session.policy.hot_buffers,
+        },
         session.policy.write_threads,
     )?;
     let cow = CopyOnWrite::new(Parts {
