@@ -13,6 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::checkpoint::control::Control;
 use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::sys::priority;
 
 /// Threads that end together.
 ///
@@ -127,17 +128,57 @@ pub(crate) fn guarded(control: &Control, thread: &str, work: impl FnOnce() -> Re
     }
 }
 
-/// How much nicer than the rest of the process the threads are that work while the guest runs.
+/// How much nicer than the rest of the process the threads are that work while the guest runs, once
+/// they take turns: at 10 a vCPU gets nine tenths of a CPU that it shares (sched(7)).
+const NICENESS: u8 = 10;
+
+/// How often such a thread looks whether it gets to run at all.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Lets vCPUs go before the calling thread, for good; see [`Courtesy`].
+pub(crate) fn give_way() -> Courtesy {
+    // On Linux niceness is a thread's own.
+    if let Err(error) = rustix::process::nice(NICENESS.into()) {
+        log::debug!("could not lower a thread's priority: {error}");
+    }
+    let idle = priority::run_when_idle(NICENESS)
+        .inspect_err(|error| log::debug!("could not leave the CPU to others: {error}"));
+    Courtesy {
+        looked: Instant::now(),
+        waited: priority::waited_for_cpu().unwrap_or_default(),
+        gives_way: idle.is_ok(),
+    }
+}
+
+/// What a thread does that works while the guest runs, and must neither disturb it nor starve.
 ///
 /// Where there are fewer CPUs than threads, a vCPU that waits for its turn is an outage that no
-/// figure of ours would show. At 10 a vCPU gets nine tenths of a CPU that it shares (sched(7)).
-const COURTESY: i32 = 10;
+/// figure of ours would show: 4 ms at a time, where the kernel ticks at 250 Hz and does not preempt
+/// in between. So such threads run only when nobody else wants the CPU. On a host that has no CPU
+/// to spare they would then never end; one that mostly waits takes turns from there on.
+#[derive(Debug)]
+pub(crate) struct Courtesy {
+    looked: Instant,
+    waited: Duration,
+    gives_way: bool,
+}
 
-/// Lets vCPUs go before the calling thread, for good.
-pub(crate) fn give_way() {
-    // On Linux niceness is a thread's own.
-    if let Err(error) = rustix::process::nice(COURTESY) {
-        log::debug!("could not lower a thread's priority: {error}");
+impl Courtesy {
+    /// Called between two steps of work.
+    pub(crate) fn look(&mut self) {
+        let passed = self.looked.elapsed();
+        if !self.gives_way || passed < LOOK {
+            return;
+        }
+        let waited = priority::waited_for_cpu().unwrap_or(self.waited + passed);
+        if waited.saturating_sub(self.waited) > passed / 2 {
+            self.gives_way = false;
+            if let Err(error) = priority::run_in_turn() {
+                log::warn!("a thread gets no CPU and may not ask for more: {error}");
+            }
+        }
+        self.looked = Instant::now();
+        self.waited = waited;
     }
 }
 

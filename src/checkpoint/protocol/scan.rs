@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, PieceReader};
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::give_way;
+use crate::checkpoint::crew::{Courtesy, give_way};
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::layout::{Layout, Window};
 use crate::checkpoint::session::Session;
@@ -44,8 +44,7 @@ pub(super) fn start_scan(
         session
             .capture
             .spawn(&format!("lvp-scan-{number}"), move || {
-                give_way();
-                scanner.run()
+                scanner.run(give_way())
             })?;
     }
     Ok((helpers, scanning))
@@ -72,7 +71,7 @@ struct Scanner {
 impl Scanner {
     /// Scans until nothing is left, then waits for the pause and helps with the last set. Ends
     /// after that, when the session needs no help, or by the order to stop.
-    fn run(self) -> Result<(), Halt> {
+    fn run(self, mut courtesy: Courtesy) -> Result<(), Halt> {
         let Self {
             scan,
             queue,
@@ -86,6 +85,7 @@ impl Scanner {
             .get(scan.next.fetch_add(1, Ordering::Relaxed))
         {
             scan.window(window, &mut reader, &queue)?;
+            courtesy.look();
         }
         drop(queue);
         drop(unfinished);

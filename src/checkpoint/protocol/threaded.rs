@@ -13,6 +13,7 @@ use std::time::Instant;
 use crossbeam_channel::{Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, Staging};
+use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::Captured;
@@ -97,7 +98,7 @@ fn live(
     );
     let (done, harvested) = bounded(1);
     session.capture.spawn("lvp-harvest", move || {
-        harvester.live(&scanning)?;
+        harvester.live(&scanning, give_way())?;
         done.send(harvester).map_err(|_| Halt::Stopped)
     })?;
     let harvester = session.control.wait(&harvested)?;

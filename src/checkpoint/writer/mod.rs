@@ -12,7 +12,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::{Crew, give_way};
+use crate::checkpoint::crew::{Courtesy, Crew, give_way};
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::stats::WriteStatistics;
@@ -331,8 +331,7 @@ pub(crate) fn start_writers(
             pool: pool.clone(),
         };
         crew.spawn(&format!("lvp-write-{number}"), move || {
-            give_way();
-            writer.run()
+            writer.run(give_way())
         })?;
     }
     let queue = WriteQueue {
@@ -353,7 +352,7 @@ struct Writer {
 
 impl Writer {
     /// Ends when nobody fills buffers any more, by the order to stop, or by a failed write.
-    fn run(self) -> Result<(), Halt> {
+    fn run(self, mut courtesy: Courtesy) -> Result<(), Halt> {
         let mut scratch = ChunkScratch::default();
         loop {
             let buffer = select! {
@@ -369,6 +368,7 @@ impl Writer {
                 .bytes_written
                 .fetch_max(written, Ordering::Relaxed);
             self.pool.put(buffer);
+            courtesy.look();
         }
     }
 }

@@ -13,6 +13,7 @@ use super::ahead::EarlyWrites;
 use super::protection_failed;
 use crate::checkpoint::capture::{CapturedPieces, Finish, UntouchedPages, copy_piece};
 use crate::checkpoint::control::Control;
+use crate::checkpoint::crew::Courtesy;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, Piece};
 use crate::checkpoint::tracker::WriteProtection;
@@ -143,7 +144,7 @@ impl CopyOnWrite {
     }
 
     /// Captures pieces in order, until none is left to begin with.
-    pub(super) fn sweep(&self) -> Result<(), Halt> {
+    pub(super) fn sweep(&self, courtesy: &mut Courtesy) -> Result<(), Halt> {
         loop {
             let piece = self.next.fetch_add(1, Ordering::Relaxed);
             if piece >= self.pieces.len() {
@@ -153,6 +154,7 @@ impl CopyOnWrite {
             if !self.captured.has(piece) {
                 self.capture(piece, For::Sweep)?;
             }
+            courtesy.look();
         }
     }
 

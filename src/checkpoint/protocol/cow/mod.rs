@@ -188,9 +188,9 @@ fn start_sweep(
         session
             .capture
             .spawn(&format!("lvp-scan-{number}"), move || {
-                give_way();
+                let mut courtesy = give_way();
                 control.wait(&start)?;
-                cow.sweep()
+                cow.sweep(&mut courtesy)
             })?;
     }
     Ok(())
