@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::super::output::{bytes, table, to_f64};
 use super::contender::{Contender, Staging};
 use super::sample::{Sample, spread, spread_of_some, take, wait_ticks};
-use super::setup::{Row, Setup, ensure_any};
+use super::setup::{Row, Setup, ensure_any, failures};
 use super::spread::{Spread, cell};
 use super::vm::{Backing, GuestSpec, Vm, micros};
 use super::yardstick::plain_write;
@@ -141,10 +141,7 @@ impl Figures {
         ];
         let ratio = self.downtime_to_plain_write;
         cells.push(ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")));
-        cells.push(match (&self.error, self.image_bytes) {
-            (Some(error), _) => error.clone(),
-            (None, image) => image.map_or_else(String::new, bytes),
-        });
+        cells.push(self.image_bytes.map_or_else(String::new, bytes));
         cells
     }
 }
@@ -176,11 +173,16 @@ impl Downtime {
         ];
         format!(
             "### Downtime\n\n{} of memory, all of it incompressible, {} % of it rewritten at full \
-             speed; no compression; image on disk, durable. Runs: {}.\n\n{}\n",
+             speed; no compression; image on disk, durable. Runs: {}.\n\n{}\n{}",
             bytes(self.memory_bytes),
             self.working_set_percent,
             to_f64(self.plain_write_us.map_or(0, |spread| spread.runs as u64)),
-            table(&header, &rows)
+            table(&header, &rows),
+            failures(
+                self.protocols
+                    .iter()
+                    .map(|one| (one.protocol.to_owned(), one.error.clone()))
+            )
         )
     }
 }

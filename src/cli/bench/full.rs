@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::super::output::{bytes, table};
 use super::contender::{Contender, Staging};
-use super::setup::{Row, Setup, Target, discard, ensure_any};
+use super::setup::{Row, Setup, Target, discard, ensure_any, failures};
 use super::spread::{Spread, cell};
 use super::vm::{Backing, GuestSpec, Vm, micros};
 use super::yardstick::{Memory, PlainWrite, plain_write};
@@ -102,8 +102,8 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Full> {
                     sample(&mut vm, contender, args.memory, target, durable)
                 })?;
             }
-            ensure_any(&place.rows)?;
         }
+        ensure_any(places.iter().flat_map(|place| &place.rows))?;
     }
     let (memcpy_us, blake3_us) = (Spread::of(copies), Spread::of(hashes));
     Ok(Full {
@@ -221,10 +221,7 @@ impl Full {
                     ratio(figures.to_blake3),
                     ratio(figures.to_plain_write),
                     ms(&figures.cpu_us),
-                    match (&figures.error, figures.image_bytes) {
-                        (Some(error), _) => error.clone(),
-                        (None, image) => image.map_or_else(String::new, bytes),
-                    },
+                    figures.image_bytes.map_or_else(String::new, bytes),
                 ]);
             }
         }
@@ -240,9 +237,14 @@ impl Full {
         format!(
             "### A whole checkpoint\n\n{} of memory, all of it incompressible, the guest at \
              rest; no compression, digests on; durable in a new file on disk, not durable over a \
-             spare file in shm.\n\n{}\n",
+             spare file in shm.\n\n{}\n{}",
             bytes(self.memory_bytes),
-            table(&header, &rows)
+            table(&header, &rows),
+            failures(self.targets.iter().flat_map(|target| {
+                let name = |one: &Figures| format!("{}, {}", one.protocol, target.target);
+                let rows = target.protocols.iter();
+                rows.map(move |one| (name(one), one.error.clone()))
+            }))
         )
     }
 }

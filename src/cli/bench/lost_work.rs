@@ -14,7 +14,7 @@ use super::contender::{Contender, Staging, is_live};
 use super::loss::{Loss, Place, Point, lost_work};
 use super::qemu::QemuMode;
 use super::sample::wait_ticks;
-use super::setup::{Row, Setup, Target, discard, ensure_any};
+use super::setup::{Row, Setup, Target, discard, ensure_any, failures};
 use super::spread::{Spread, cell};
 use super::vm::{Backing, GuestSpec, Outcome, Vm, captured_by, half_full, title};
 
@@ -253,12 +253,9 @@ impl Figures {
             ms(|costs| costs.guest_gap_ms),
             ms(|costs| costs.downtime_ms),
             ms(|costs| costs.total_ms),
-            match &self.error {
-                Some(error) => error.clone(),
-                None => size.map_or_else(String::new, |size| {
-                    format!("{:.0}", size.median / to_f64(1 << 20))
-                }),
-            },
+            size.map_or_else(String::new, |size| {
+                format!("{:.0}", size.median / to_f64(1 << 20))
+            }),
         ]
     }
 }
@@ -362,6 +359,8 @@ impl LostWork {
                 target.target,
                 table(&header, &rows)
             );
+            let errors = target.rows.iter();
+            text += &failures(errors.map(|row| (row.contender.to_string(), row.error.clone())));
         }
         for ratio in &self.ratios {
             text += &format!(

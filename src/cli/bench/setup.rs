@@ -245,9 +245,31 @@ pub(super) fn ensure_any<'a, S: 'a>(
     }
 }
 
+/// Lists, below a table, who takes no more turns and why: a name and its error each.
+pub(super) fn failures(rows: impl IntoIterator<Item = (String, Option<String>)>) -> String {
+    let failed = rows.into_iter().filter_map(|(name, error)| {
+        let error = error?;
+        Some(format!("\n- {name} failed: {error}"))
+    });
+    let lines: String = failed.collect();
+    if lines.is_empty() {
+        lines
+    } else {
+        lines + "\n"
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_failed_is_listed() {
+        let rows = [("stop".to_owned(), None), ("cow".to_owned(), None)];
+        assert_eq!(failures(rows.clone()), "");
+        let rows = rows.map(|(name, _)| (name, Some("why".to_owned())));
+        assert_eq!(failures(rows), "\n- stop failed: why\n- cow failed: why\n");
+    }
 
     #[test]
     fn a_reason_that_all_share_is_the_run_s_own() {

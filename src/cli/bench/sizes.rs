@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use anyhow::bail;
 use serde::Serialize;
 
 use super::super::output::{bytes, table};
@@ -12,7 +13,7 @@ use super::contender::{Contender, Staging, is_live};
 use super::huge_pages::{GuestMemory, Pool, Resident};
 use super::machine::available_bytes;
 use super::sample::{Sample, Stalls, spread, spread_of_some, take};
-use super::setup::{Row, Setup, ensure_any};
+use super::setup::{Row, Setup, failures};
 use super::spread::{Spread, cell, median};
 use super::vm::{Backing, GuestSpec, half_full};
 use crate::host::Protocol;
@@ -148,6 +149,11 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Sizes> {
         };
         cells.extend(measure(setup, kind, &sizes)?);
     }
+    if let Some(error) = cells.first().and_then(|cell| cell.error.as_ref())
+        && cells.iter().all(|cell| cell.machines == 0)
+    {
+        bail!("{error}");
+    }
     Ok(Sizes {
         checkpoints_in_a_row: IN_A_ROW,
         growth: growth(&cells),
@@ -197,7 +203,6 @@ fn measure(setup: &Setup, kind: Kind, sizes: &[u64]) -> anyhow::Result<Vec<Cell>
                 save_in_a_row(setup, contender, kind, *size)
             })?;
         }
-        ensure_any(rows.iter().map(|(_, _, row)| row))?;
     }
     Ok(rows
         .into_iter()
@@ -290,14 +295,11 @@ impl Cell {
             stall(|figures| figures.p50_us, 1e3),
             stall(|figures| figures.p99_us, 1e3),
             stall(|figures| figures.max_us, 1e3),
-            match &self.error {
-                Some(error) => error.clone(),
-                None => format!(
-                    "{} → {}",
-                    percent(self.huge_share_before),
-                    percent(self.huge_share_after)
-                ),
-            },
+            format!(
+                "{} → {}",
+                percent(self.huge_share_before),
+                percent(self.huge_share_after)
+            ),
         ]
     }
 }
@@ -397,9 +399,14 @@ impl Sizes {
         );
         for kind in KINDS {
             let here = |cell: &&Cell| title(cell.kind) == title(kind);
-            let rows: Vec<_> = self.cells.iter().filter(here).map(Cell::row).collect();
+            let cells = || self.cells.iter().filter(here);
+            let rows: Vec<_> = cells().map(Cell::row).collect();
             if !rows.is_empty() {
                 text += &format!("\n{}:\n\n{}\n", title(kind), table(&header, &rows));
+                text += &failures(cells().map(|cell| {
+                    let name = format!("{}, {}", cell.protocol, bytes(cell.memory_bytes));
+                    (name, cell.error.clone())
+                }));
             }
         }
         for one in &self.growth {

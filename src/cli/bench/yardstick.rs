@@ -29,17 +29,17 @@ pub(super) struct PlainWrite {
 pub(super) fn plain_write(path: &Path, len: u64) -> anyhow::Result<PlainWrite> {
     let mut block = vec![0_u8; BLOCK_BYTES];
     File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut block))?;
-    let mut file =
-        File::create(path).with_context(|| format!("could not write {}", path.display()))?;
+    let what = || format!("could not write {}", path.display());
+    let mut file = File::create(path).with_context(what)?;
     let start = Instant::now();
     let mut left = len;
     while left > 0 {
         let now = usize::try_from(left).map_or(BLOCK_BYTES, |left| left.min(BLOCK_BYTES));
-        file.write_all(&block[..now])?;
+        file.write_all(&block[..now]).with_context(what)?;
         left -= now as u64;
     }
     let written = start.elapsed();
-    file.sync_all()?;
+    file.sync_all().with_context(what)?;
     let synced = start.elapsed();
     fs::remove_file(path)?;
     Ok(PlainWrite { written, synced })
