@@ -21,4 +21,5 @@ pub mod page;
 pub mod restore;
 pub mod state;
 pub mod store;
+mod sync;
 pub mod sys;

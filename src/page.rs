@@ -1,9 +1,10 @@
 //! Pages, frames and runs of them: the only page arithmetic in the project.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes in a page: the unit of dirty tracking and of the page index.
 pub const PAGE_BYTES: usize = 4096;

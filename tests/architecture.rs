@@ -7,19 +7,23 @@ use std::path::{Path, PathBuf};
 
 /// Each module and what it may use of ours. A module that is not listed here is an error.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("page", &[]),
+    ("sync", &[]),
+    ("page", &["sync"]),
     ("sys", &["page"]),
     ("guests", &[]),
     ("state", &["page"]),
-    ("guest", &["page", "state", "sys"]),
+    ("guest", &["page", "state", "sync", "sys"]),
     ("domain", &["page", "state"]),
-    ("store", &["page", "state", "sys"]),
+    ("store", &["page", "state", "sync", "sys"]),
     ("kvmstate", &["guest", "page", "state", "sys"]),
     (
         "machine",
         &["domain", "guest", "kvmstate", "page", "state", "sys"],
     ),
-    ("checkpoint", &["guest", "page", "state", "store", "sys"]),
+    (
+        "checkpoint",
+        &["guest", "page", "state", "store", "sync", "sys"],
+    ),
     ("restore", &["guest", "page", "state", "store", "sys"]),
     (
         "host",

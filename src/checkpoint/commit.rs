@@ -8,10 +8,10 @@ use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::store::backend::EntryKind;
 use crate::store::{Storage, StorageFile};
+use crate::sync::atomic::{AtomicU8, Ordering};
 
 const OPEN: u8 = 0;
 const CLOSED: u8 = 1;

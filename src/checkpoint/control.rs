@@ -1,14 +1,14 @@
 //! What all threads of one checkpoint share: the order to stop, its reason, and the counters.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use crate::checkpoint::commit::CommitGate;
 use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::channel::{Receiver, Sender, bounded, select};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The order to stop and the figures of progress. The data plane reads only atomics and the stop
 /// channel; the mutex is taken once, by whoever stops the checkpoint.

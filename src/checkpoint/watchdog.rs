@@ -6,13 +6,14 @@
 //! A lease is ended once, by its holder or by the watchdog, so that every pause is
 //! followed by exactly one resume.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::job::JobShared;
 use crate::guest::{Guest, PauseTiming};
+use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 const IDLE: u8 = 0;
 const HELD: u8 = 1;

@@ -1,9 +1,10 @@
 //! The gate at the top of every vCPU loop.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// How often a vCPU that has not stopped is kicked again: a kick can be lost only to a bug in the
 /// caller's loop, and a second one costs a few microseconds.

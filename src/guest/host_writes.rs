@@ -1,10 +1,11 @@
 //! Notices of what the VMM itself does to guest memory: no hardware log sees it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use crate::page::{AtomicPageBitmap, PageRun};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{PoisonError, RwLock};
 
 /// Told of a discard before the memory is given back; `cow` captures the pages first.
 pub trait DiscardObserver: Send + Sync {

@@ -1,12 +1,11 @@
 //! Which copy of a page is the newest, and where its bytes are.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use crate::page::{Gfn, PageRun};
 use crate::store::error::{Damage, Place, StoreError};
 use crate::store::format::{Chunk, IndexRun, PAGES_MAX, RunSource, narrow, wide};
 use crate::store::options::RegionLayout;
 use crate::store::reader::ChunkRun;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Bits of a slot for the page's number in its chunk.
 const PAGE_BITS: u32 = 9;

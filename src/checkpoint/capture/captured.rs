@@ -1,6 +1,6 @@
 //! Which pieces are captured, as the threads that capture them agree on it.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 const TODO: u8 = 0;
 const CAPTURED: u8 = 1;

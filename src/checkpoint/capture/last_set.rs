@@ -1,9 +1,6 @@
 //! Copying the last dirty pages, inside the pause, by as many threads as are there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::checkpoint::capture::slot_offset;
 use crate::checkpoint::control::Control;
@@ -11,6 +8,8 @@ use crate::checkpoint::error::Halt;
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::watchdog::PauseLease;
 use crate::page::PAGE_BYTES;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::channel::{Receiver, Sender, bounded};
 use crate::sys::mapping::GuestMapping;
 
 /// Copies that a thread claims at once: 256 KiB, some 20 µs.

@@ -12,12 +12,15 @@ mod threaded;
 
 pub use cow::ArmingStatistics;
 
+use std::thread;
+use std::time::Duration;
+
 use jiff::Timestamp;
 
-use crate::checkpoint::error::Halt;
+use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::options::Protocol;
 use crate::checkpoint::session::Session;
-use crate::checkpoint::tracker::Unprotectable;
+use crate::checkpoint::tracker::{Logging, Unprotectable};
 use crate::state::StateSection;
 
 /// What a protocol returns, once every page of the moment is in the image, nothing but the session
@@ -40,6 +43,16 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
             Err(reason) => fall_back(session, &reason),
         },
     }
+}
+
+/// Ends dirty logging some milliseconds after the resume.
+///
+/// Ending it takes KVM 2 to 3 ms a GiB, in which vCPUs that fault wait. Right after the resume the
+/// guest would see one outage of both; so it sees two, each no longer than it must be.
+fn end_log_after_resume(logging: Logging) -> Result<(), CheckpointError> {
+    const APART: Duration = Duration::from_millis(5);
+    thread::sleep(APART);
+    logging.stop()
 }
 
 /// Takes `threaded` in the place of `cow`, and says why.

@@ -18,8 +18,8 @@ use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::policy::{Closing, ClosingReason, PageCost};
-use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::protocol::scan::start_scan;
+use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{Round, Statistics, micros, per_second};
 use crate::checkpoint::tracker::{DirtySet, Logging, Tracker};
@@ -55,7 +55,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     let pause = session.in_pause(|_| rounds.last(&lease))?;
     let resumed = Instant::now();
     session.job.enter(Phase::Draining)?;
-    logging.stop_after_resume()?;
+    end_log_after_resume(logging)?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     report(session, &rounds);
     drop(rounds);

@@ -16,9 +16,9 @@ use crate::checkpoint::capture::{LastSet, Staging};
 use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
-use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::protocol::harvest::Harvester;
 use crate::checkpoint::protocol::scan::start_scan;
+use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
 use crate::checkpoint::tracker::{Logging, Tracker};
@@ -53,7 +53,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.job.enter(Phase::Draining)?;
     // The scanning threads end; the guest pays for its log no longer than it must.
     drop(helpers);
-    logging.stop_after_resume()?;
+    end_log_after_resume(logging)?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     harvester.drain()?;
     report(session, &harvester);

@@ -7,14 +7,12 @@ mod dirty_set;
 mod protection;
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
-use std::thread;
-use std::time::Duration;
 
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, PIECE, WINDOW_PIECES, Window};
 use crate::guest::Guest;
 use crate::page::{AtomicPageBitmap, Gfn, PageRun, runs_of_set_bits};
+use crate::sync::atomic::{Ordering, fence};
 
 pub(crate) use dirty_set::{DirtySet, DirtyWindow};
 pub(crate) use protection::{Unprotectable, WriteProtection};
@@ -38,16 +36,6 @@ impl Logging {
         let started = logging.guest.dirty_log().start();
         started.map_err(CheckpointError::dirty_log("start"))?;
         Ok(logging)
-    }
-
-    /// Ends dirty logging some milliseconds after the resume.
-    ///
-    /// Ending it takes KVM 2 to 3 ms a GiB, in which vCPUs that fault wait. Right after the resume
-    /// the guest would see one outage of both; so it sees two, each no longer than it must be.
-    pub(crate) fn stop_after_resume(self) -> Result<(), CheckpointError> {
-        const APART: Duration = Duration::from_millis(5);
-        thread::sleep(APART);
-        self.stop()
     }
 
     /// Ends dirty logging.

@@ -2,11 +2,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::checkpoint::layout::{Layout, Piece};
 use crate::guest::Backing;
 use crate::page::{PAGE_BYTES, PIECE_BYTES};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::userfault::Userfault;
 
 /// Why memory cannot be write-protected on this host.

@@ -6,10 +6,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
-
-use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use crate::checkpoint::control::Control;
 use crate::checkpoint::crew::{Courtesy, Crew, give_way};
@@ -18,6 +14,8 @@ use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::stats::WriteStatistics;
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PageRun};
 use crate::store::{ChunkPages, ChunkScratch, ImageWriter};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::channel::{Receiver, Sender, bounded, select};
 use crate::sys::anon::HugeBytes;
 
 /// One chunk on its way to the image.
@@ -226,16 +224,16 @@ impl WriteQueue {
     }
 
     /// Like [`WriteQueue::buffer`], for a copy that is not urgent at all: waits for a hot buffer,
-    /// but no longer than `patience`; `None` after that.
+    /// or for a message in `hurry`; `None` then.
     pub(crate) fn hot_buffer(
         &self,
         epoch: u32,
-        patience: Duration,
+        hurry: &Receiver<()>,
     ) -> Result<Option<Buffer>, Halt> {
         select! {
             recv(self.pool.hot.1) -> buffer => Self::cleared(buffer.ok(), epoch).map(Some),
+            recv(hurry) -> _ => Ok(None),
             recv(self.stop) -> _ => Err(Halt::Stopped),
-            default(patience) => Ok(None),
         }
     }
 

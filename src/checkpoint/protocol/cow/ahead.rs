@@ -1,8 +1,7 @@
 //! Write-protecting memory: in the pause where that is quick, ahead of it where it is not.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -13,6 +12,8 @@ use crate::checkpoint::capture::UntouchedPages;
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::stats::micros;
 use crate::page::AtomicPageBitmap;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{PoisonError, RwLock};
 
 /// Pieces that are protected by one call at most: the call's own cost does not show any more.
 const RUN_PIECES_MAX: usize = 16;

@@ -1,12 +1,8 @@
 //! Capturing pieces: by the sweep, for a fault, and before a discard.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
-
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::ahead::EarlyWrites;
@@ -21,6 +17,9 @@ use crate::checkpoint::writer::{Buffer, Tally, WriteQueue};
 use crate::guest::DiscardObserver;
 use crate::page::{AtomicPageBitmap, Gfn, PageRun, bitmap_words, runs_of_set_bits};
 use crate::store::ImageWriter;
+use crate::sync::OnceLock;
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::channel::{Receiver, Sender, bounded};
 
 /// The epoch of all copies: each page has one.
 const EPOCH: u32 = 0;
@@ -48,6 +47,8 @@ pub(super) struct CopyOnWrite {
     next: AtomicUsize,
     /// Somebody had to wait for a copy.
     guest_writes: AtomicBool,
+    /// Gets a message when the first did.
+    hurry: (Sender<()>, Receiver<()>),
     pub(super) staged_peak: AtomicUsize,
     early_writes: EarlyWrites,
     released: AtomicBool,
@@ -81,6 +82,7 @@ impl CopyOnWrite {
             untouched: OnceLock::new(),
             next: AtomicUsize::new(0),
             guest_writes: AtomicBool::new(false),
+            hurry: bounded(1),
             staged_peak: AtomicUsize::new(0),
             released: AtomicBool::new(false),
             done,
@@ -158,10 +160,23 @@ impl CopyOnWrite {
         }
     }
 
+    /// Lets somebody write a piece: at once before the moment, after it is captured from then on.
+    /// Returns whether the disk had to be waited for.
+    pub(super) fn let_write(&self, piece: usize) -> Result<bool, Halt> {
+        let unprotect = || self.unprotect(piece);
+        if self.early_writes.let_through(piece, unprotect)? {
+            return Ok(false);
+        }
+        self.capture_for_writer(piece)
+    }
+
     /// Captures a piece that somebody waits to write, and lets him. Returns whether the disk had
     /// to be waited for.
-    pub(super) fn capture_for_writer(&self, piece: usize) -> Result<bool, Halt> {
-        self.guest_writes.store(true, Ordering::Relaxed);
+    fn capture_for_writer(&self, piece: usize) -> Result<bool, Halt> {
+        if !self.guest_writes.swap(true, Ordering::Relaxed) {
+            // There is room for the one message.
+            self.hurry.0.try_send(()).ok();
+        }
         let waited = !self.captured.has(piece) && self.capture(piece, For::Writer)?;
         // Also where another thread captured it: it may not have come to the un-protecting yet,
         // and it may be long until the host lets it run again.
@@ -190,11 +205,13 @@ impl CopyOnWrite {
     /// Takes a few buffers in turn, at the pace of the disk, until somebody had to wait for a copy:
     /// from then on the sweep runs ahead of the guest as far as staging goes.
     fn buffer_for_sweep(&self) -> Result<Buffer, Halt> {
-        const LOOK: Duration = Duration::from_millis(1);
+        let (tell, told) = &self.hurry;
         while !self.guest_writes.load(Ordering::Relaxed) {
-            if let Some(buffer) = self.parts.queue.hot_buffer(EPOCH, LOOK)? {
+            if let Some(buffer) = self.parts.queue.hot_buffer(EPOCH, told)? {
                 return Ok(buffer);
             }
+            // For the other threads of the sweep.
+            tell.try_send(()).ok();
         }
         self.parts.queue.buffer(EPOCH)
     }
@@ -237,7 +254,7 @@ impl CopyOnWrite {
     }
 
     /// Lets everybody write a piece, whatever its state.
-    pub(super) fn unprotect(&self, piece: usize) -> Result<(), Halt> {
+    fn unprotect(&self, piece: usize) -> Result<(), Halt> {
         let result = self.protection().unprotect(&self.pieces[piece]);
         Ok(result.map_err(protection_failed)?)
     }

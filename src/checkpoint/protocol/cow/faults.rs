@@ -82,11 +82,8 @@ impl FaultHandler {
             let Some(piece) = self.cow.layout().piece_at(address) else {
                 continue;
             };
-            let early = self.cow.early_writes();
-            if !early.let_through(piece, || self.cow.unprotect(piece))? {
-                let waited = self.cow.capture_for_writer(piece)?;
-                self.stalls.waited_for_staging += u64::from(waited);
-            }
+            let waited = self.cow.let_write(piece)?;
+            self.stalls.waited_for_staging += u64::from(waited);
             self.stalls.add(began.elapsed());
             self.watch.served(self.number);
         }

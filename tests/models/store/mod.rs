@@ -1,0 +1,123 @@
+//! The image: its page index is the real one; what goes into it is noted.
+
+#[path = "../../../src/store/error.rs"]
+pub(crate) mod error;
+#[path = "../../../src/store/format.rs"]
+pub(crate) mod format;
+#[path = "../../../src/store/index.rs"]
+mod index;
+#[path = "../../../src/store/options.rs"]
+pub(crate) mod options;
+
+pub(crate) mod newest_wins;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::Mutex as Plain;
+
+use crate::page::{Gfn, PAGE_BYTES, PageRun};
+
+pub use error::StoreError;
+pub use index::EPOCH_MAX;
+pub use options::RegionLayout;
+
+pub(crate) mod codec {
+    #[derive(Clone, Debug)]
+    pub enum Codec {
+        None,
+    }
+}
+
+pub(crate) mod reader {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct ChunkRun {
+        pub run: crate::page::PageRun,
+        pub first_page: usize,
+    }
+}
+
+pub(crate) mod backend {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum EntryKind {
+        File,
+    }
+}
+
+/// Storage, as the gate before its renames sees it.
+pub(crate) trait Storage: Send + Sync + fmt::Debug {
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
+    fn take_over(&self, _spare: &Path, _path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        unreachable!("no model writes over a file")
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
+    fn kind(&self, path: &Path) -> io::Result<Option<backend::EntryKind>>;
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>>;
+    fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
+}
+
+pub(crate) trait StorageFile {}
+
+/// For the imports of unit tests that are not run here.
+pub(crate) struct FileStorage;
+
+#[derive(Clone, Copy)]
+pub(crate) struct ChunkPages<'a> {
+    pub(crate) epoch: u32,
+    pub(crate) frames: &'a [Gfn],
+    pub(crate) data: &'a [u8],
+}
+
+#[derive(Default)]
+pub(crate) struct ChunkScratch(());
+
+#[derive(Default)]
+pub(crate) struct ChunkStats {
+    pub(crate) zero_pages: u64,
+    pub(crate) raw_bytes: u64,
+    pub(crate) stored_bytes: u64,
+}
+
+/// A page that came to the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) frame: Gfn,
+    pub(crate) value: u8,
+    /// Which copy of the page it is.
+    pub(crate) copy: usize,
+}
+
+/// An image that notes what is written to it.
+#[derive(Debug, Default)]
+pub(crate) struct ImageWriter {
+    pub(crate) written: Plain<Vec<Written>>,
+}
+
+impl ImageWriter {
+    pub(crate) fn write_chunk(
+        &self,
+        pages: ChunkPages<'_>,
+        _: &mut ChunkScratch,
+    ) -> Result<ChunkStats, StoreError> {
+        let each = pages.frames.iter().zip(pages.data.chunks(PAGE_BYTES));
+        let each = each.map(|(&frame, data)| Written {
+            frame,
+            value: data[0],
+            copy: data[1].into(),
+        });
+        self.written.lock().unwrap().extend(each);
+        Ok(ChunkStats::default())
+    }
+
+    pub(crate) fn record_zero(&self, _epoch: u32, run: PageRun) -> Result<(), StoreError> {
+        panic!("{run:?} was touched");
+    }
+
+    pub(crate) fn bytes_written(&self) -> u64 {
+        0
+    }
+}
