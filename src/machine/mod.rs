@@ -17,6 +17,7 @@ mod exclusion;
 mod guest;
 mod lifecycle;
 pub mod memory;
+pub mod pci;
 mod shared;
 pub mod spec;
 mod vcpu;

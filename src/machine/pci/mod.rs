@@ -1,0 +1,3 @@
+//! PCI: one bus, reached by configuration mechanism 1.
+
+pub mod layout;
