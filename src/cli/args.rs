@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::host::{Protocol, RuntimeDir};
+use crate::host::{ClockPolicy, Protocol, RuntimeDir};
 
 /// Runs KVM virtual machines and saves them while they keep running.
 #[derive(Debug, Parser)]
@@ -104,6 +104,32 @@ pub(super) struct RestoreArgs {
     /// Threads that read and check the image [default: one a core, 8 at most].
     #[arg(long)]
     pub threads: Option<usize>,
+    /// What becomes of the time since the checkpoint.
+    #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
+    pub clock: ClockArg,
+    /// Give the domain a new UUID and another name, so that several can run from one image.
+    #[arg(long)]
+    pub new_identity: bool,
+    /// The other name [default: the old one and some digits].
+    #[arg(long, requires = "new_identity")]
+    pub name: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ClockArg {
+    /// The guest's clocks go on where they stopped.
+    Continue,
+    /// The guest's clocks are moved on to now.
+    Realtime,
+}
+
+impl From<ClockArg> for ClockPolicy {
+    fn from(arg: ClockArg) -> Self {
+        match arg {
+            ClockArg::Continue => Self::Continue,
+            ClockArg::Realtime => Self::Realtime,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

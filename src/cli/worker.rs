@@ -12,7 +12,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::Context;
-use super::args::{RestoreArgs, RunArgs};
+use super::args::{ClockArg, RestoreArgs, RunArgs};
 use super::output::micros;
 use crate::guests;
 use crate::host::control::protocol::Status;
@@ -83,12 +83,22 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode>
 }
 
 pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<ExitCode> {
+    let new_name = new_name(args)?;
     if args.detach {
-        let name = Image::open(&args.image)?.name().to_owned();
+        let name = match &new_name {
+            Some(name) => name.clone(),
+            None => Image::open(&args.image)?.name().to_owned(),
+        };
         let mut again = vec!["restore".into(), args.image.clone().into_os_string()];
         args.paused.then(|| again.push("--paused".into()));
         if let Some(threads) = args.threads {
             again.extend(["--threads".into(), threads.to_string().into()]);
+        }
+        if args.clock == ClockArg::Realtime {
+            again.extend(["--clock".into(), "realtime".into()]);
+        }
+        if let Some(name) = new_name {
+            again.extend(["--new-identity".into(), "--name".into(), name.into()]);
         }
         return detach(context, &name, again);
     }
@@ -96,6 +106,8 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     let start = Instant::now();
     let mut options = RestoreOptions::default();
     options.threads = args.threads.unwrap_or(options.threads);
+    options.clock = args.clock.into();
+    options.new_name = new_name;
     let domain = Arc::new(Domain::restore(
         &args.image,
         &options,
@@ -103,6 +115,19 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     )?);
     domain.start(args.paused)?;
     serve(context, &domain, Some(start.elapsed()), &signals)
+}
+
+/// Returns the name of a domain that is to be another than the one that was saved.
+fn new_name(args: &RestoreArgs) -> anyhow::Result<Option<String>> {
+    if !args.new_identity {
+        return Ok(None);
+    }
+    if args.name.is_some() {
+        return Ok(args.name.clone());
+    }
+    let digits = Uuid::new_v4().simple().to_string();
+    let image = Image::open(&args.image)?;
+    Ok(Some(format!("{}-{}", image.name(), &digits[..8])))
 }
 
 fn domain_options(context: &Context) -> anyhow::Result<DomainOptions> {

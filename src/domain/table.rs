@@ -8,7 +8,7 @@ use super::rules::Rule;
 const NO_FIRMWARE: &str = "firmware boot is not supported; \
     give <kernel>, and <initrd> where the kernel needs one";
 const NO_CONTAINER: &str = "belongs to containers, not to virtual machines";
-const NO_SMBIOS: &str = "the machine has no SMBIOS tables";
+const NO_SMBIOS: &str = "the SMBIOS tables have the domain's uuid, and nothing of the user's";
 const NO_TUNING: &str = "has no effect: the host's own scheduling and limits apply";
 const NO_GUEST_NUMA: &str = "NUMA topology of the guest is not supported yet";
 const NO_HIDING: &str = "what KVM tells the guest of itself is not configurable yet";
@@ -33,7 +33,7 @@ pub(super) const DOMAIN: &[Rule] = &[
     Rule::honoured("domain/metadata", "kept byte for byte, namespaces included"),
     Rule::refused(
         "domain/genid",
-        "a VM generation id device is not supported yet",
+        "every machine has a generation id, a new one each time that it starts or is restored",
     ),
     // Memory.
     Rule::honoured(

@@ -1,8 +1,8 @@
 //! From a domain, in libvirt's terms, to what the machine is made from.
 
 use crate::domain::{
-    self, CpuFeature, CpuMode, DomainConfig, KernelSource, LifecycleAction, MemorySource,
-    TickPolicy,
+    self, ClockBasis, ClockOffset, CpuFeature, CpuMode, DomainConfig, KernelSource,
+    LifecycleAction, MemorySource, TickPolicy,
 };
 use crate::host::{BuiltinKernel, HostError};
 use crate::kvmstate::ClockPolicy;
@@ -41,6 +41,7 @@ pub(super) fn machine_spec(
         .collect();
     spec.clock = ClockSpec {
         after_restore: ClockPolicy::Continue,
+        rtc_offset_seconds: rtc_offset(&machine.clock.offset)?,
         pit_reinject: machine.clock.pit == TickPolicy::Delay,
     };
     spec.lifecycle = LifecycleSpec {
@@ -82,6 +83,30 @@ fn boot(config: &DomainConfig, builtin: &[BuiltinKernel]) -> Result<BootSpec, Ho
         kernel,
         initrd,
         cmdline: config.machine.boot.cmdline.as_str().to_owned(),
+    })
+}
+
+/// Returns by how many seconds the real-time clock is ahead of UTC.
+fn rtc_offset(offset: &ClockOffset) -> Result<i64, HostError> {
+    let now = jiff::Timestamp::now();
+    let zone = |zone: jiff::tz::TimeZone| i64::from(zone.to_offset(now).seconds());
+    let local = || zone(jiff::tz::TimeZone::system());
+    Ok(match offset {
+        ClockOffset::Utc => 0,
+        ClockOffset::LocalTime => local(),
+        ClockOffset::TimeZone(name) => {
+            zone(jiff::tz::TimeZone::get(name.as_str()).map_err(|error| {
+                HostError::Invalid(format!("time zone {}: {error}", name.as_str()))
+            })?)
+        }
+        ClockOffset::Variable {
+            adjustment_seconds,
+            basis: ClockBasis::Utc,
+        } => *adjustment_seconds,
+        ClockOffset::Variable {
+            adjustment_seconds,
+            basis: ClockBasis::LocalTime,
+        } => adjustment_seconds.saturating_add(local()),
     })
 }
 

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::checkpoint::{self, CheckpointOptions, Workspace};
 use crate::domain::{
-    DomainConfig, DomainError, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
+    DomainConfig, DomainError, DomainName, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
 };
 use crate::guest::Guest;
 use crate::host::control::protocol::{JobId, Status};
@@ -18,6 +18,7 @@ use crate::host::image::default_threads;
 use crate::host::{
     CheckpointRequest, EndReason, HostError, Image, Job, MachineState, RuntimeDir, machine_facts,
 };
+use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
 use crate::restore::{compat, eager};
 use crate::store::FileStorage;
@@ -60,12 +61,18 @@ impl DomainOptions {
 pub struct RestoreOptions {
     /// Threads that read and check the image.
     pub threads: usize,
+    /// What becomes of the time since the checkpoint.
+    pub clock: ClockPolicy,
+    /// Another name, and with it a new UUID: so that several domains can run from one image.
+    pub new_name: Option<String>,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
         Self {
             threads: default_threads(RESTORE_THREADS_MAX),
+            clock: ClockPolicy::Continue,
+            new_name: None,
         }
     }
 }
@@ -143,9 +150,15 @@ impl Domain {
             let lacks = lacks.iter().map(ToString::to_string).collect();
             return Err(HostError::Incompatible(lacks));
         }
-        let config = parse(&reader.manifest().guest.domain_xml)?;
+        let mut config = parse(&reader.manifest().guest.domain_xml)?;
+        if let Some(name) = &restore.new_name {
+            let invalid = |error: crate::domain::ValueError| HostError::Invalid(error.to_string());
+            config.name = DomainName::new(name).map_err(invalid)?;
+            config.uuid = Uuid::new_v4();
+        }
         let locks = Locks::acquire(&config, &options.runtime)?;
-        let spec = machine_spec(&config, &options.builtin_kernels)?;
+        let mut spec = machine_spec(&config, &options.builtin_kernels)?;
+        spec.clock.after_restore = restore.clock;
         let state = reader.sections()?;
         let unfilled = Machine::build_for_restore(spec)?;
         let fill = eager::FillOptions {

@@ -15,6 +15,7 @@ use crate::kvmstate;
 use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::Protocol;
+pub use crate::kvmstate::ClockPolicy;
 pub use crate::store::{Codec, ImageSummary, VerifyReport};
 pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;

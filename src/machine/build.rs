@@ -12,12 +12,14 @@ use super::bus::Bus;
 use super::device::IrqLine;
 use super::device::i8042::{self, I8042};
 use super::device::pm::{self, PowerManagement};
+use super::device::rtc::{self, Rtc};
 use super::device::serial::{self, SerialPort};
+use super::firmware::Firmware;
 use super::memory::GuestRam;
 use super::shared::{Asked, Devices, Parts, PowerOn, Shared};
 use super::spec::MachineSpec;
 use super::vcpu::Vcpu;
-use super::{MachineError, boot, cpuid};
+use super::{MachineError, acpi, boot, cpuid};
 use crate::kvmstate::{self, KvmDirtyLog, KvmStateError, MsrSet};
 use crate::state::board::{MachineV1, RamRangeV1};
 use crate::state::{CpuidEntry, StateSet};
@@ -60,6 +62,7 @@ pub(super) struct Base {
     ports: Bus,
     vm: Arc<VmFd>,
     ram: GuestRam,
+    firmware: Firmware,
 }
 
 fn check_spec(spec: &MachineSpec, kvm: &Kvm) -> Result<(), MachineError> {
@@ -153,6 +156,7 @@ impl Base {
                 source,
             },
         )?;
+        let firmware = Firmware::new(&spec, &apic_ids);
         let vcpus = apic_ids
             .into_iter()
             .map(|id| vm.create_vcpu(id.into()))
@@ -168,6 +172,7 @@ impl Base {
             ports,
             vm,
             ram,
+            firmware,
         })
     }
 
@@ -179,6 +184,7 @@ impl Base {
     pub(super) fn boot(self) -> Result<(Shared, Receiver<Asked>), MachineError> {
         let source = self.spec.boot.as_ref().ok_or(MachineError::NothingToBoot)?;
         let entry = boot::load(self.ram.memory(), self.spec.memory.bytes, source)?;
+        self.firmware.write(self.ram.memory());
         let supported = kvmstate::supported_cpuid(&self.kvm)?;
         let cpuids = (0..self.spec.cpu.vcpu_count)
             .map(|vcpu| cpuid::for_vcpu(&supported, &self.spec.cpu, vcpu))
@@ -189,6 +195,7 @@ impl Base {
                 .set_entry(entry)
                 .map_err(MachineError::kvm("set the entry point"))?;
         }
+        shared.devices.resume();
         Ok((shared, requests))
     }
 
@@ -216,6 +223,7 @@ impl Base {
         shared.devices.resume();
         restored?;
         state.finish()?;
+        tell_of_restore(&shared);
         Ok((shared, requests))
     }
 
@@ -272,6 +280,7 @@ impl Base {
             ports: self.ports,
             devices: self.devices,
             ram: self.ram,
+            firmware: self.firmware,
             msrs,
             facts,
             power_on,
@@ -279,6 +288,14 @@ impl Base {
             run_page_bytes,
         }))
     }
+}
+
+/// Lets the guest know that it was restored: others may have been from the same image, and time
+/// may have passed.
+fn tell_of_restore(shared: &Shared) {
+    shared.firmware.write_identity(shared.ram.memory());
+    shared.devices.pm.raise_event(acpi::GENERATION_EVENT);
+    shared.excuse_pause();
 }
 
 fn make_devices(spec: &MachineSpec, vm: &Arc<VmFd>) -> Result<(Devices, Bus), MachineError> {
@@ -300,7 +317,13 @@ fn make_devices(spec: &MachineSpec, vm: &Arc<VmFd>) -> Result<(Devices, Bus), Ma
     let power = Arc::new(PowerManagement::new(IrqLine::new(vm.clone(), pm::SCI)));
     ports.insert(pm::PORT, pm::PORTS, power.clone());
     ports.insert(i8042::PORT, i8042::PORTS, Arc::new(I8042));
-    let devices = Devices { serials, pm: power };
+    let clock = Arc::new(Rtc::new(&spec.clock));
+    ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
+    let devices = Devices {
+        serials,
+        pm: power,
+        rtc: clock,
+    };
     Ok((devices, ports))
 }
 

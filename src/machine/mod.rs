@@ -8,17 +8,20 @@
 //! (`lvp-serial-0`), and a supervisor that carries out what the guest asks for. All of them end
 //! with the machine, have every signal blocked, and install no handler.
 
+pub mod acpi;
 pub mod boot;
 mod build;
 pub mod bus;
 pub mod cpuid;
 pub mod device;
 mod exclusion;
+mod firmware;
 mod guest;
 mod lifecycle;
 pub mod memory;
 pub mod pci;
 mod shared;
+mod smbios;
 pub mod spec;
 mod vcpu;
 
@@ -279,13 +282,7 @@ impl Machine {
         if let Some(guest_ns) = self.shared.lock_paused_clock().take() {
             kvmstate::set_clock(&self.shared.vm, guest_ns)?;
         }
-        for vcpu in &self.shared.vcpus {
-            // Tells the guest's watchdog that the time it missed was no hang. KVM refuses where
-            // the guest does not use the clock.
-            if vcpu.fd.kvmclock_ctrl().is_err() {
-                log::debug!("vCPU {} has no paravirtual clock to tell", vcpu.number);
-            }
-        }
+        self.shared.excuse_pause();
         self.shared.lifecycle.apply(&MachineEvent::Resumed)?;
         holds.user = false;
         self.shared.gate.open();

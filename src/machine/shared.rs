@@ -12,8 +12,10 @@ use super::boot;
 use super::bus::Bus;
 use super::device::Device;
 use super::device::pm::PowerManagement;
+use super::device::rtc::Rtc;
 use super::device::serial::SerialPort;
 use super::exclusion::Exclusion;
+use super::firmware::Firmware;
 use super::lifecycle::{Lifecycle, MachineEvent, ShutoffReason, WrongState};
 use super::memory::GuestRam;
 use super::spec::{BootSpec, EndAction, MachineSpec};
@@ -83,6 +85,7 @@ pub(super) struct Shared {
     pub mmio: Bus,
     pub devices: Devices,
     pub ram: GuestRam,
+    pub firmware: Firmware,
     pub gate: VcpuGate,
     pub lifecycle: Lifecycle,
     pub exclusion: Exclusion,
@@ -108,13 +111,15 @@ pub(super) struct Shared {
 pub(super) struct Devices {
     pub serials: Vec<Arc<SerialPort>>,
     pub pm: Arc<PowerManagement>,
+    pub rtc: Arc<Rtc>,
 }
 
 impl Devices {
     /// Returns all of them, in the order in which they are restored.
     pub(super) fn all(&self) -> impl Iterator<Item = &dyn Device> {
         let serials = self.serials.iter().map(|port| &**port as &dyn Device);
-        serials.chain(std::iter::once(&*self.pm as &dyn Device))
+        let board: [&dyn Device; 2] = [&*self.pm, &*self.rtc];
+        serials.chain(board)
     }
 
     /// Pauses and drains all; on an error they run again.
@@ -142,6 +147,7 @@ pub(super) struct Parts {
     pub ports: Bus,
     pub devices: Devices,
     pub ram: GuestRam,
+    pub firmware: Firmware,
     pub msrs: MsrSet,
     pub facts: HostFacts,
     pub power_on: PowerOn,
@@ -164,6 +170,7 @@ impl Shared {
             mmio: Bus::default(),
             devices: parts.devices,
             ram: parts.ram,
+            firmware: parts.firmware,
             lifecycle: Lifecycle::new(),
             exclusion: Exclusion::default(),
             msrs: parts.msrs,
@@ -371,6 +378,7 @@ impl Shared {
         let result = (|| {
             self.ram.discard_all()?;
             let entry = boot::load(self.ram.memory(), self.spec.memory.bytes, boot)?;
+            self.firmware.write(self.ram.memory());
             let board = &self.power_on.board;
             kvmstate::restore_chips(&self.vm, &board.irqchip, &board.pit)?;
             for (vcpu, state) in self.vcpus.iter().zip(&self.power_on.vcpus) {
@@ -391,6 +399,16 @@ impl Shared {
         })();
         self.devices.resume();
         result
+    }
+
+    /// Tells the guest's watchdogs that the time it missed was no hang.
+    pub(super) fn excuse_pause(&self) {
+        for vcpu in &self.vcpus {
+            // KVM refuses where the guest does not use the paravirtual clock.
+            if vcpu.fd.kvmclock_ctrl().is_err() {
+                log::debug!("vCPU {} has no paravirtual clock to tell", vcpu.number);
+            }
+        }
     }
 
     /// Tells the supervisor to end.

@@ -250,6 +250,8 @@ pub enum SerialBackend {
 pub struct ClockSpec {
     /// What becomes of the time between a checkpoint and its restore.
     pub after_restore: ClockPolicy,
+    /// By how many seconds the real-time clock is ahead of UTC when the machine is new.
+    pub rtc_offset_seconds: i64,
     /// Whether timer ticks that the guest was too slow to take are delivered later.
     pub pit_reinject: bool,
 }
@@ -258,6 +260,7 @@ impl Default for ClockSpec {
     fn default() -> Self {
         Self {
             after_restore: ClockPolicy::Continue,
+            rtc_offset_seconds: 0,
             pit_reinject: true,
         }
     }

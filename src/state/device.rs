@@ -34,18 +34,41 @@ impl SectionPayload for SerialV1 {
     const VERSION: u16 = 1;
 }
 
-/// ACPI fixed power-management hardware.
+/// ACPI power-management hardware.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PmV1 {
+pub struct PmV2 {
     /// PM1 status.
     pub status: u16,
     /// PM1 enable.
     pub enable: u16,
     /// PM1 control.
     pub control: u16,
+    /// General-purpose events that have happened.
+    pub gpe_status: u8,
+    /// General-purpose events that interrupt.
+    pub gpe_enable: u8,
 }
 
-impl SectionPayload for PmV1 {
+impl SectionPayload for PmV2 {
     const KIND: &'static str = "pm";
+    const VERSION: u16 = 2;
+}
+
+/// The real-time clock and its battery-backed memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcV1 {
+    /// The byte that the next access is to.
+    pub index: u8,
+    /// 128 bytes: alarm, control registers and memory; the bytes of the time are those that the
+    /// guest is setting, if it is.
+    pub cmos: Vec<u8>,
+    /// The clock's time, in nanoseconds since 1970 as if it showed UTC.
+    pub clock_ns: i64,
+    /// The host's wall clock at that moment, in nanoseconds since 1970.
+    pub realtime_ns: i64,
+}
+
+impl SectionPayload for RtcV1 {
+    const KIND: &'static str = "rtc";
     const VERSION: u16 = 1;
 }

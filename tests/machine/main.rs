@@ -6,6 +6,7 @@ mod boot;
 #[path = "../common/mod.rs"]
 mod common;
 mod dirty_log;
+mod firmware;
 mod guest_code;
 mod lifecycle;
 mod pause;

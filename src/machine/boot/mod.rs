@@ -4,11 +4,13 @@
 
 mod elf;
 mod params;
+mod pvh;
 
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read};
 
 use linux_loader::loader::bootparam::setup_header;
+use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
@@ -20,6 +22,8 @@ use crate::page::PAGE_BYTES;
 pub const GDT_GPA: u64 = 0x500;
 /// Interrupt descriptors: room for none, so an early exception is a triple fault.
 pub const IDT_GPA: u64 = 0x580;
+/// What a kernel that starts by PVH finds, with all that it points to; one page.
+pub const START_INFO_GPA: u64 = 0x6000;
 /// The zero page.
 pub const BOOT_PARAMS_GPA: u64 = 0x7000;
 /// Top of the initial page tables; six pages, which map the first 4 GiB to themselves.
@@ -105,11 +109,22 @@ impl BootError {
     }
 }
 
+/// How the first vCPU enters the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// Linux' own: 64-bit mode, with the zero page.
+    Linux64,
+    /// PVH: 32-bit protected mode without paging, with a start info.
+    Pvh,
+}
+
 /// Where the first vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The first instruction.
     pub rip: u64,
+    /// The mode that it expects.
+    pub protocol: Protocol,
 }
 
 /// A kernel in guest memory.
@@ -134,8 +149,13 @@ pub fn load(memory: &GuestMemory, ram_bytes: u64, spec: &BootSpec) -> Result<Ent
         Some(source) => Some(load_initrd(memory, low_end, source, &loaded)?),
         None => None,
     };
-    params::write(memory, ram_bytes, loaded.header, cmdline_bytes, initrd);
-    params::write_tables(memory);
+    match loaded.entry.protocol {
+        Protocol::Linux64 => {
+            params::write(memory, ram_bytes, loaded.header, cmdline_bytes, initrd);
+            params::write_tables(memory);
+        }
+        Protocol::Pvh => pvh::write(memory, ram_bytes, initrd),
+    }
     Ok(loaded.entry)
 }
 
@@ -197,10 +217,25 @@ fn load_elf(
         });
     }
     let high = Some(GuestAddress(HIGH_MEMORY_GPA));
-    Elf::load(memory, None, &mut Cursor::new(kernel), high)
+    let result = Elf::load(memory, None, &mut Cursor::new(kernel), high)
         .map_err(|error| refuse(error.to_string()))?;
+    let entry = match result.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(GuestAddress(rip)) => {
+            if !(HIGH_MEMORY_GPA..image.end).contains(&rip) {
+                return Err(refuse(format!("its PVH entry point {rip:#x} is outside")));
+            }
+            Entry {
+                rip,
+                protocol: Protocol::Pvh,
+            }
+        }
+        _ => Entry {
+            rip: image.entry,
+            protocol: Protocol::Linux64,
+        },
+    };
     Ok(Loaded {
-        entry: Entry { rip: image.entry },
+        entry,
         end: image.end,
         header: None,
     })
@@ -247,6 +282,7 @@ fn load_bzimage(
     Ok(Loaded {
         entry: Entry {
             rip: load + ENTRY_64_OFFSET,
+            protocol: Protocol::Linux64,
         },
         end,
         header: Some(header),

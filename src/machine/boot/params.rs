@@ -4,6 +4,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BOOT_PARAMS_GPA, CMDLINE_GPA, GDT_GPA, PAGE_TABLES_GPA};
+use crate::machine::acpi::RSDP_GPA;
 use crate::machine::memory::{GuestMemory, HOLE_END, layout};
 
 const E820_RAM: u32 = 1;
@@ -27,7 +28,8 @@ const LARGE_PAGE: u64 = 0xe3;
 /// Flat 64-bit code and data at selectors 0x10 and 0x18, where the boot protocol wants them.
 pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
-fn e820(ram_bytes: u64) -> Vec<(u64, u64, u32)> {
+/// Returns the memory map: address, length and type of each range.
+pub(super) fn e820(ram_bytes: u64) -> Vec<(u64, u64, u32)> {
     let ranges = layout(ram_bytes);
     let low_end = ranges[0].1;
     let mut map = vec![
@@ -66,6 +68,7 @@ pub(super) fn write(
     }
     let mut params = boot_params {
         hdr: header,
+        acpi_rsdp_addr: RSDP_GPA,
         ..Default::default()
     };
     let map = e820(ram_bytes);

@@ -7,8 +7,10 @@ pub const PORT: u64 = 0x60;
 /// How many ports it takes.
 pub const PORTS: u64 = 5;
 
-const COMMAND: u64 = 4;
-const PULSE_RESET: u8 = 0xfe;
+/// Where the command register is, from [`PORT`] on.
+pub const COMMAND: u64 = 4;
+/// The command that resets the machine.
+pub const PULSE_RESET: u8 = 0xfe;
 
 /// Status: the output buffer is full, and the input buffer is not.
 ///

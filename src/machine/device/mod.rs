@@ -3,6 +3,7 @@
 mod backend;
 pub mod i8042;
 pub mod pm;
+pub mod rtc;
 pub mod serial;
 
 use std::io;

@@ -1,17 +1,23 @@
-//! ACPI fixed hardware: the power button, and the register that powers off.
+//! ACPI hardware: the power button, the register that powers off, and general-purpose events.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::{Device, DrainTimeout, IrqLine, Quiesce};
 use crate::machine::bus::{GuestRequest, Registers};
-use crate::state::device::PmV1;
+use crate::state::device::PmV2;
 use crate::state::{StateError, StateSection, StateSet};
 
-/// PM1 event block (status and enable), then PM1 control.
+/// PM1 event block (status and enable), then PM1 control, and the block of general-purpose events.
 pub const PORT: u64 = 0x600;
-/// How many ports it takes.
-pub const PORTS: u64 = 6;
+/// How many ports they take.
+pub const PORTS: u64 = 10;
+/// PM1 control.
+pub const CONTROL_PORT: u64 = PORT + 4;
+/// General-purpose events: a byte of status and a byte of enables.
+pub const GPE_PORT: u64 = PORT + 8;
+/// How many ports they take.
+pub const GPE_PORTS: u8 = 2;
 /// The system control interrupt.
 pub const SCI: u32 = 9;
 
@@ -19,11 +25,13 @@ const POWER_BUTTON: u16 = 1 << 8;
 const SCI_ENABLED: u16 = 1;
 const SLEEP_ENABLE: u16 = 1 << 13;
 const SLEEP_TYPE: u16 = 7 << 10;
+/// What the tables have the guest write there to power off.
+pub const SLEEP_TYPE_OFF: u8 = 0;
 
 /// Power-management registers.
 #[derive(Debug)]
 pub struct PowerManagement {
-    registers: Mutex<PmV1>,
+    registers: Mutex<PmV2>,
     sci: IrqLine,
 }
 
@@ -45,32 +53,44 @@ impl PowerManagement {
         registers.enable & POWER_BUTTON != 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, PmV1> {
+    /// Raises general-purpose event `number`, from 0 to 7. A guest that has not enabled it finds
+    /// it once it does.
+    pub fn raise_event(&self, number: u8) {
+        let mut registers = self.lock();
+        registers.gpe_status |= 1 << number;
+        self.update(&registers);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PmV2> {
         self.registers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn update(&self, registers: &PmV1) {
-        let active = registers.status & registers.enable != 0;
+    fn update(&self, registers: &PmV2) {
+        let active = registers.status & registers.enable != 0
+            || registers.gpe_status & registers.gpe_enable != 0;
         if let Err(error) = self.sci.set(active) {
             log::warn!("could not set the system control interrupt: {error}");
         }
     }
 }
 
-const INITIAL: PmV1 = PmV1 {
+const INITIAL: PmV2 = PmV2 {
     status: 0,
     enable: 0,
     control: SCI_ENABLED,
+    gpe_status: 0,
+    gpe_enable: 0,
 };
 
 impl Registers for PowerManagement {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let registers = self.lock();
-        let bytes = [registers.status, registers.enable, registers.control]
-            .map(u16::to_le_bytes)
-            .concat();
+        let [status, enable, control] =
+            [registers.status, registers.enable, registers.control].map(u16::to_le_bytes);
+        let gpe = [registers.gpe_status, registers.gpe_enable];
+        let bytes = [status, enable, control, [0xff; 2], gpe].concat();
         for (at, byte) in (offset..).zip(data) {
             *byte = usize::try_from(at)
                 .ok()
@@ -94,14 +114,17 @@ impl Registers for PowerManagement {
                     control_written = true;
                     registers.control = registers.control & keep | value | SCI_ENABLED;
                 }
+                8 => registers.gpe_status &= !byte,
+                9 => registers.gpe_enable = byte,
                 _ => {}
             }
         }
         self.update(&registers);
-        // SLP_EN reads as zero always; SLP_TYP 0 is S5 here.
+        // SLP_EN reads as zero always.
         let sleeps = control_written && registers.control & SLEEP_ENABLE != 0;
         registers.control &= !SLEEP_ENABLE;
-        (sleeps && registers.control & SLEEP_TYPE == 0).then_some(GuestRequest::PowerOff)
+        let off = u16::from(SLEEP_TYPE_OFF) << 10;
+        (sleeps && registers.control & SLEEP_TYPE == off).then_some(GuestRequest::PowerOff)
     }
 }
 
@@ -126,9 +149,9 @@ impl Device for PowerManagement {
     }
 
     fn restore(&self, state: &mut StateSet) -> Result<(), StateError> {
-        let saved: PmV1 = state.take(0)?;
+        let saved: PmV2 = state.take(0)?;
         let mut registers = self.lock();
-        *registers = PmV1 {
+        *registers = PmV2 {
             control: saved.control & !SLEEP_ENABLE | SCI_ENABLED,
             ..saved
         };

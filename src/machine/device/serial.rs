@@ -134,7 +134,8 @@ impl Shared {
 }
 
 impl SerialPort {
-    /// Opens the backend and starts the thread that serves it.
+    /// Opens the backend and starts the thread that serves it, paused: input that came before a
+    /// saved state would be lost in it.
     pub fn new(spec: &SerialSpec, irq: IrqLine) -> Result<Arc<Self>, BackendError> {
         let backend = Backend::open(&spec.backend)?;
         let needs_thread = backend.needs_thread();
@@ -145,7 +146,7 @@ impl SerialPort {
             line: Mutex::new(Line {
                 backend,
                 queue: VecDeque::new(),
-                paused: false,
+                paused: true,
                 ended: false,
                 stalled: false,
                 lost_bytes: 0,

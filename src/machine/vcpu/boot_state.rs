@@ -1,12 +1,16 @@
 //! The registers with which the first vCPU enters the kernel.
 
-use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use crate::machine::boot::{BOOT_PARAMS_GPA, Entry, GDT_GPA, IDT_GPA, PAGE_TABLES_GPA, STACK_GPA};
+use crate::machine::boot::{
+    BOOT_PARAMS_GPA, Entry, GDT_GPA, IDT_GPA, PAGE_TABLES_GPA, Protocol, STACK_GPA, START_INFO_GPA,
+};
 
 /// Protected mode, paging, numeric errors as exceptions.
 const CR0: u64 = 1 << 31 | 1 << 5 | 1 << 4 | 1;
+/// Protected mode; bit 4 is always one.
+const PROTECTED: u64 = 1 << 4 | 1;
 /// Physical address extension.
 const CR4: u64 = 1 << 5;
 /// Long mode, enabled and active.
@@ -61,24 +65,19 @@ fn one_msr(index: u32, data: u64) -> Msrs {
     Msrs::from_entries(&[entry]).expect("one MSR is not too many")
 }
 
-/// Sets the registers of the first vCPU as the 64-bit boot protocol wants them.
+/// Sets the registers of the first vCPU as the kernel's boot protocol wants them.
 pub(super) fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
-    let mut sregs = vcpu.get_sregs()?;
-    let data = segment(DATA_SELECTOR, 3, false);
-    sregs.cs = segment(CODE_SELECTOR, 11, true);
-    sregs.ds = data;
-    sregs.es = data;
-    sregs.fs = data;
-    sregs.gs = data;
-    sregs.ss = data;
+    match entry.protocol {
+        Protocol::Linux64 => enter_linux(vcpu, entry.rip),
+        Protocol::Pvh => enter_pvh(vcpu, entry.rip),
+    }
+}
+
+fn enter_linux(vcpu: &VcpuFd, rip: u64) -> Result<(), kvm_ioctls::Error> {
+    let mut sregs = flat_segments(vcpu, true)?;
     sregs.gdt = kvm_dtable {
         base: GDT_GPA,
         limit: 4 * 8 - 1,
-        ..Default::default()
-    };
-    sregs.idt = kvm_dtable {
-        base: IDT_GPA,
-        limit: 0,
         ..Default::default()
     };
     sregs.cr0 = CR0;
@@ -87,10 +86,50 @@ pub(super) fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::E
     sregs.efer = EFER;
     vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&kvm_regs {
-        rip: entry.rip,
+        rip,
         rsi: BOOT_PARAMS_GPA,
         rsp: STACK_GPA,
         rflags: 2,
         ..Default::default()
+    })
+}
+
+/// Protected mode without paging; the kernel loads descriptors of its own.
+fn enter_pvh(vcpu: &VcpuFd, rip: u64) -> Result<(), kvm_ioctls::Error> {
+    let mut sregs = flat_segments(vcpu, false)?;
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
+    sregs.cr0 = PROTECTED;
+    sregs.cr4 = 0;
+    sregs.efer = 0;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip,
+        rbx: START_INFO_GPA,
+        rflags: 2,
+        ..Default::default()
+    })
+}
+
+/// Returns the special registers with segments that cover all memory, and no interrupts.
+fn flat_segments(vcpu: &VcpuFd, long: bool) -> Result<kvm_sregs, kvm_ioctls::Error> {
+    let data = segment(DATA_SELECTOR, 3, false);
+    Ok(kvm_sregs {
+        cs: segment(CODE_SELECTOR, 11, long),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        idt: kvm_dtable {
+            base: IDT_GPA,
+            limit: 0,
+            ..Default::default()
+        },
+        ..vcpu.get_sregs()?
     })
 }
