@@ -16,7 +16,9 @@ SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # Guests are C; the C tests run under valgrind as well.
 PACKAGES_BUILD := gcc libc6-dev binutils
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind
+# The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
+PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind $(PACKAGES_LAB)
 
 # Installs the Debian packages in $(1) that are missing, and says so.
 define need
@@ -31,7 +33,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long lint bench header install setup setup-test clean
+.PHONY: help build demo test test-long lab lint bench header install setup setup-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -53,6 +55,14 @@ test: setup-test ## every test, in its short form
 
 test-long: setup-test ## the long forms: soaks, thousands of cases
 	CARGO="$(CARGO)" LIVEPOINT_LONG=1 tests/run
+
+lab: setup-test ## stock Linux guests in an emulated machine (JOB=script: one job; see tests/lab)
+ifdef JOB
+	$(CARGO) build --release
+	tests/lab/run $(JOB) $(TARGET)/release/livepoint
+else
+	$(CARGO) test --release --test lab -- --nocapture
+endif
 
 lint: setup ## formatting, clippy, and the header against the source
 	$(CARGO) fmt --check

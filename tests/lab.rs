@@ -1,0 +1,142 @@
+//! The lab: livepoint on ordinary KVM and an older kernel, with guests that this machine's own
+//! `/dev/kvm` may not be able to run. See tests/lab/README.md.
+//!
+//! All checks share one L1 machine, which is booted by the first of them.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod common;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// How long one job may take. The slowest takes two minutes on two idle cores.
+const JOB_TIMEOUT: Duration = Duration::from_secs(900);
+
+/// What each job proves is said at its beginning.
+const JOBS: &[(&str, &str)] = &[
+    (
+        "a_stock_kernel_boots_to_a_shell_and_powers_off",
+        "linux-boot",
+    ),
+];
+
+/// The L1 machine, while it runs.
+struct Lab {
+    boot: Child,
+    share: tempfile::TempDir,
+    setting: String,
+    jobs: u32,
+}
+
+/// Where the scripts are.
+fn scripts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab")
+}
+
+impl Lab {
+    fn start() -> Result<Self, Failed> {
+        // Beside the test programs, in the target directory, whatever profile they are of.
+        let program = Path::new(env!("CARGO_BIN_EXE_livepoint"));
+        let target = program.ancestors().nth(2).expect("target/profile/program");
+        let lab = target.join("lab");
+        let prepared = Command::new(scripts().join("prepare")).arg(&lab).output()?;
+        if !prepared.status.success() {
+            let said = String::from_utf8_lossy(&prepared.stderr);
+            return Err(format!("tests/lab/prepare failed: {said}").into());
+        }
+        let share = tempfile::tempdir_in(target)?;
+        // Its standard input is the lifeline: L1 ends with this process.
+        let boot = Command::new(scripts().join("boot"))
+            .arg(share.path())
+            .env("LAB_DIR", &lab)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let setting = format!(
+            "export LAB='{}' LAB_DIR='{}' LIVEPOINT='{}'\n. \"$LAB/functions\"\n",
+            scripts().display(),
+            lab.display(),
+            program.display()
+        );
+        Ok(Self {
+            boot,
+            share,
+            setting,
+            jobs: 0,
+        })
+    }
+
+    /// Runs a job script; its output is the error where it fails.
+    fn run(&mut self, job: &str) -> Result<(), Failed> {
+        self.jobs += 1;
+        let file = |ending: &str| self.share.path().join(format!("{}.{ending}", self.jobs));
+        let script = fs::read_to_string(scripts().join("jobs").join(format!("{job}.sh")))?;
+        let unfinished = file("new");
+        fs::write(&unfinished, format!("{}{script}", self.setting))?;
+        fs::rename(&unfinished, file("sh"))?;
+        let start = Instant::now();
+        let log = || fs::read_to_string(file("log")).unwrap_or_default();
+        loop {
+            if let Ok(status) = fs::read_to_string(file("status")) {
+                if status.trim() == "0" {
+                    println!("{job}: {:.0} s\n{}", start.elapsed().as_secs_f64(), log());
+                    return Ok(());
+                }
+                return Err(format!("{job} ended with {}:\n{}", status.trim(), log()).into());
+            }
+            if let Some(status) = self.boot.try_wait()? {
+                let console = fs::read_to_string(self.share.path().join("console"));
+                let console = console.unwrap_or_default();
+                return Err(format!("L1 ended with {status}; its console:\n{console}").into());
+            }
+            if start.elapsed() > JOB_TIMEOUT {
+                // Nothing else can run in this L1: the job still does.
+                drop(self.boot.stdin.take());
+                return Err(format!("{job} did not end:\n{}", log()).into());
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Both fail only where L1 has ended by itself.
+        drop(fs::write(self.share.path().join("stop"), ""));
+        drop(self.boot.wait());
+    }
+}
+
+fn check(lab: &Mutex<Option<Lab>>, name: &str, job: &str) -> Result<(), Failed> {
+    if env::var_os("LIVEPOINT_NO_LAB").is_some_and(|value| value == "1") {
+        common::skip(name, "LIVEPOINT_NO_LAB=1");
+        return Ok(());
+    }
+    let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);
+    if lab.is_none() {
+        *lab = Some(Lab::start()?);
+    }
+    lab.as_mut().expect("started above").run(job)
+}
+
+fn main() {
+    let lab = Arc::new(Mutex::new(None));
+    let trials = JOBS
+        .iter()
+        .map(|&(name, job)| {
+            let lab = lab.clone();
+            Trial::test(name, move || check(&lab, name, job))
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    drop(lab.lock().unwrap_or_else(PoisonError::into_inner).take());
+    conclusion.exit();
+}
