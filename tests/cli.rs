@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -399,4 +400,42 @@ fn built_in_guests_are_listed_and_written_to_files() {
         let elf = fs::read(dir.join(format!("{name}.elf"))).unwrap();
         assert_eq!(&elf[..4], b"\x7fELF");
     }
+}
+
+#[test]
+fn several_domains_run_from_one_image_with_identities_of_their_own() {
+    if !have_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let file = bench.echo_domain("sheep");
+    // A terminal: each machine has one of its own.
+    let xml = fs::read_to_string(&file).unwrap();
+    let start = xml.find("<serial").unwrap();
+    let end = xml.find("</serial>").unwrap();
+    let xml = format!("{}<serial type='pty'>{}", &xml[..start], &xml[end..]);
+    fs::write(&file, xml).unwrap();
+    bench.ok(&["run", "--detach", file.to_str().unwrap()]);
+    let image = bench.path("sheep.lpi");
+    let image = image.to_str().unwrap();
+    bench.ok(&["checkpoint", "sheep", "--out", image]);
+
+    let said = bench.refused(&["restore", "--detach", image]);
+    assert!(said.contains("in use"), "{said}");
+    let again = ["restore", "--detach", image, "--new-identity"];
+    let named = [&again[..], &["--name", "dolly"]].concat();
+    let first = bench.json(&named);
+    assert_eq!(first["name"], "dolly");
+    let second = bench.json(&again);
+    assert!(second["name"].as_str().unwrap().starts_with("sheep-"));
+    let listed = bench.json(&["list"]);
+    let uuids: HashSet<_> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|domain| domain["uuid"].as_str().unwrap())
+        .collect();
+    assert_eq!(uuids.len(), 3, "{listed}");
+    let xml = bench.ok(&["dumpxml", "dolly"]);
+    assert!(xml.contains("<name>dolly</name>"), "{xml}");
 }

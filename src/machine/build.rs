@@ -317,7 +317,15 @@ fn make_devices(spec: &MachineSpec, vm: &Arc<VmFd>) -> Result<(Devices, Bus), Ma
     let power = Arc::new(PowerManagement::new(IrqLine::new(vm.clone(), pm::SCI)));
     ports.insert(pm::PORT, pm::PORTS, power.clone());
     ports.insert(i8042::PORT, i8042::PORTS, Arc::new(I8042));
-    let clock = Arc::new(Rtc::new(&spec.clock));
+    let line = IrqLine::new(vm.clone(), rtc::LINE);
+    let clock = Arc::new(Rtc::new(
+        &spec.clock,
+        Box::new(move |active| {
+            if let Err(error) = line.set(active) {
+                log::warn!("could not set the real-time clock's interrupt: {error}");
+            }
+        }),
+    ));
     ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
     let devices = Devices {
         serials,
