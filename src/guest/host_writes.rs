@@ -20,6 +20,7 @@ pub trait DiscardObserver: Send + Sync {
 /// the mark could be harvested and the page copied while the write is still to come. Balloon,
 /// free-page reporting and unplug go through [`HostWrites::will_discard`].
 pub struct HostWrites {
+    /// Sorted by frame.
     regions: Vec<Region>,
     observer: RwLock<Option<Arc<dyn DiscardObserver>>>,
     claimed: AtomicBool,
@@ -40,9 +41,9 @@ impl fmt::Debug for HostWrites {
 }
 
 impl HostWrites {
-    /// Makes a log for regions given as (slot, frames).
+    /// Makes a log for regions given as (slot, frames), which do not overlap.
     pub fn new(regions: impl IntoIterator<Item = (u32, PageRun)>) -> Self {
-        let regions = regions
+        let mut regions: Vec<_> = regions
             .into_iter()
             .map(|(slot, run)| Region {
                 slot,
@@ -50,6 +51,7 @@ impl HostWrites {
                 written: AtomicPageBitmap::new(run.page_count),
             })
             .collect();
+        regions.sort_unstable_by_key(|region| region.run.start);
         Self {
             regions,
             observer: RwLock::new(None),
@@ -77,12 +79,16 @@ impl HostWrites {
     }
 
     fn mark_run(&self, run: PageRun) {
-        for region in &self.regions {
-            if let Some(part) = region.run.intersection(run) {
-                region
-                    .written
-                    .set_run(part.start.0 - region.run.start.0, part.page_count);
-            }
+        let first = self
+            .regions
+            .partition_point(|region| region.run.end() <= run.start);
+        for region in &self.regions[first..] {
+            let Some(part) = region.run.intersection(run) else {
+                return;
+            };
+            region
+                .written
+                .set_run(part.start.0 - region.run.start.0, part.page_count);
         }
     }
 

@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
@@ -15,6 +17,9 @@ use super::{KvmStateError, os_error};
 use crate::guest::{DirtyLog, MemoryRegion};
 use crate::page::{WINDOW_PAGES, bitmap_words};
 use crate::sys::kvm::{clear_dirty_log, get_dirty_log, set_memory_slot, vm_fd};
+
+/// vCPUs run for so long between the ends of two slots' logs, each of which holds them up.
+const SLOTS_APART: Duration = Duration::from_micros(200);
 
 /// KVM's log of the pages that vCPUs, and KVM itself, wrote.
 ///
@@ -133,10 +138,14 @@ impl KvmDirtyLog {
 
     fn stop_all(&self) -> io::Result<()> {
         // Every slot is tried: one left logging would slow the guest for good.
-        self.slots
-            .iter()
-            .map(|slot| self.set_flags(slot, 0))
-            .fold(Ok(()), Result::and)
+        let stop = |(number, slot)| {
+            if number > 0 {
+                thread::sleep(SLOTS_APART);
+            }
+            self.set_flags(slot, 0)
+        };
+        let slots = self.slots.iter().enumerate();
+        slots.map(stop).fold(Ok(()), Result::and)
     }
 }
 

@@ -57,6 +57,20 @@ impl GuestMapping {
         self.len == 0
     }
 
+    /// Returns a part of it, which keeps the whole mapped.
+    ///
+    /// # Panics
+    /// When the range is not inside the mapping.
+    #[must_use]
+    pub fn part(&self, offset: usize, len: usize) -> Self {
+        self.check(offset, len);
+        Self {
+            hva: self.hva + offset,
+            len,
+            _owner: self._owner.clone(),
+        }
+    }
+
     /// Copies bytes from `offset` on into `out`.
     ///
     /// # Panics

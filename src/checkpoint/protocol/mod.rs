@@ -48,7 +48,8 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
 /// Ends dirty logging some milliseconds after the resume.
 ///
 /// Ending it takes KVM 2 to 3 ms a GiB, in which vCPUs that fault wait. Right after the resume the
-/// guest would see one outage of both; so it sees two, each no longer than it must be.
+/// guest would see one outage of both; so it sees more, each no longer than it must be: our own
+/// machines have slots of 256 MiB, whose logs end one after the other.
 fn end_log_after_resume(logging: Logging) -> Result<(), CheckpointError> {
     const APART: Duration = Duration::from_millis(5);
     thread::sleep(APART);
