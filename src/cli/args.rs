@@ -271,7 +271,7 @@ pub(super) struct BenchArgs {
     /// Directory for report.md, report.json and the plots [default: none are written].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Guest memory (downtime, lost-work, full, npb).
+    /// Guest memory (downtime, lost-work, full, contract, npb).
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G")]
     pub memory: u64,
     /// Sizes of guest memory to compare (sizes).
@@ -311,6 +311,8 @@ pub(super) enum Suite {
     LostWork,
     /// A whole checkpoint, beside copying, hashing and writing the same bytes.
     Full,
+    /// Promises, each asked of each protocol: kept, refused or broken.
+    Contract,
     /// NAS Parallel Benchmarks with a checkpoint on the way.
     Npb,
 }

@@ -6,6 +6,7 @@
 //! within one run of the command.
 
 mod contender;
+mod contract;
 mod downtime;
 mod full;
 mod huge_pages;
@@ -43,6 +44,7 @@ pub(super) fn bench(context: &Context, args: &BenchArgs) -> anyhow::Result<()> {
                 Suite::Sizes => suites.sizes = Some(sizes::run(&setup)?),
                 Suite::LostWork => suites.lost_work = Some(lost_work::run(&setup)?),
                 Suite::Full => suites.full = Some(full::run(&setup)?),
+                Suite::Contract => suites.contract = Some(contract::run(&setup)?),
                 Suite::Npb => suites.npb = Some(npb::run(&setup)?),
             }
         }

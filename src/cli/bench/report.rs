@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::super::output::bytes;
+use super::contract::Contract;
 use super::downtime::Downtime;
 use super::full::Full;
 use super::lost_work::LostWork;
@@ -45,6 +46,8 @@ pub(super) struct Suites {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub full: Option<Full>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub contract: Option<Contract>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub npb: Option<Npb>,
 }
 
@@ -68,6 +71,7 @@ impl Report {
             sizes,
             lost_work,
             full,
+            contract,
             npb,
         } = &self.suites;
         let parts = [
@@ -75,6 +79,7 @@ impl Report {
             sizes.as_ref().map(Sizes::markdown),
             lost_work.as_ref().map(LostWork::markdown),
             full.as_ref().map(Full::markdown),
+            contract.as_ref().map(Contract::markdown),
             npb.as_ref().map(Npb::markdown),
         ];
         let parts: Vec<String> = parts.into_iter().flatten().collect();

@@ -41,6 +41,9 @@ impl Target {
             max_bandwidth: self.max_bandwidth,
             durable: true,
             spare: None,
+            max_downtime: None,
+            deadline: None,
+            max_staging_bytes: None,
         }
     }
 

@@ -123,6 +123,10 @@ pub(super) struct Request {
     pub durable: bool,
     /// A file to write over.
     pub spare: Option<PathBuf>,
+    pub max_downtime: Option<Duration>,
+    pub deadline: Option<Duration>,
+    /// Most bytes of staged copies, where not the contender's choice.
+    pub max_staging_bytes: Option<u64>,
 }
 
 /// A checkpoint that was taken.
@@ -162,7 +166,11 @@ impl Outcome {
 
 /// Returns whole microseconds.
 pub(super) fn micros(time: Duration) -> f64 {
-    to_f64(u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
+    to_f64(whole_micros(time))
+}
+
+fn whole_micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Returns the protocols that captured memory, each once.
@@ -268,7 +276,10 @@ impl Vm {
                 wanted.out = Some(request.image.clone());
                 wanted.codec = Codec::None;
                 wanted.max_bandwidth = request.max_bandwidth;
-                wanted.max_staging_bytes = staging.bytes(memory_bytes);
+                let staging = request.max_staging_bytes.or(staging.bytes(memory_bytes));
+                wanted.max_staging_bytes = staging;
+                wanted.max_downtime_us = request.max_downtime.map(whole_micros);
+                wanted.deadline_ms = request.deadline.map(|most| whole_micros(most) / 1000);
                 wanted.durable = request.durable;
                 wanted.spare.clone_from(&request.spare);
                 ours(vm, wanted)
