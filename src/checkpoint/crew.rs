@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::checkpoint::control::Control;
 use crate::checkpoint::error::{CheckpointError, Halt};
-use crate::sys::priority;
+use crate::checkpoint::polite::Polite;
 
 /// Threads that end together.
 ///
@@ -23,6 +23,7 @@ pub(crate) struct Crew {
     control: Arc<Control>,
     cpu: Arc<AtomicU64>,
     handles: Vec<JoinHandle<()>>,
+    polite: Arc<Polite>,
     /// A clone is held by each running thread; `ended` disconnects after the last.
     running: Option<Sender<Infallible>>,
     ended: Receiver<Infallible>,
@@ -36,6 +37,7 @@ impl Crew {
             control,
             cpu,
             handles: Vec::new(),
+            polite: Arc::default(),
             running: Some(running),
             ended,
         }
@@ -63,6 +65,21 @@ impl Crew {
             .map_err(CheckpointError::resource(format!("thread {name}")))?;
         self.handles.push(handle);
         Ok(())
+    }
+
+    /// Starts a thread that works while the guest runs, and lets vCPUs go before it: see
+    /// [`Polite`].
+    pub(crate) fn spawn_polite(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> Result<(), Halt> + Send + 'static,
+    ) -> Result<(), CheckpointError> {
+        Polite::watch(&self.polite)?;
+        let polite = self.polite.clone();
+        self.spawn(name, move || {
+            let _registered = polite.give_way();
+            work()
+        })
     }
 
     /// Returns what a new thread holds until its end.
@@ -114,6 +131,12 @@ impl Crew {
     }
 }
 
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.polite.end_watch();
+    }
+}
+
 /// Runs `work`; its failure or panic becomes the checkpoint's.
 pub(crate) fn guarded(control: &Control, thread: &str, work: impl FnOnce() -> Result<(), Halt>) {
     // Unwind safety: what a panicking thread leaves behind is never used, since the checkpoint
@@ -125,60 +148,6 @@ pub(crate) fn guarded(control: &Control, thread: &str, work: impl FnOnce() -> Re
             thread: thread.to_owned(),
             message: panic_message(payload.as_ref()),
         }),
-    }
-}
-
-/// How much nicer than the rest of the process the threads are that work while the guest runs, once
-/// they take turns: at 10 a vCPU gets nine tenths of a CPU that it shares (sched(7)).
-const NICENESS: u8 = 10;
-
-/// How often such a thread looks whether it gets to run at all.
-const LOOK: Duration = Duration::from_millis(500);
-
-/// Lets vCPUs go before the calling thread, for good; see [`Courtesy`].
-pub(crate) fn give_way() -> Courtesy {
-    // On Linux niceness is a thread's own.
-    if let Err(error) = rustix::process::nice(NICENESS.into()) {
-        log::debug!("could not lower a thread's priority: {error}");
-    }
-    let idle = priority::run_when_idle(NICENESS)
-        .inspect_err(|error| log::debug!("could not leave the CPU to others: {error}"));
-    Courtesy {
-        looked: Instant::now(),
-        waited: priority::waited_for_cpu().unwrap_or_default(),
-        gives_way: idle.is_ok(),
-    }
-}
-
-/// What a thread does that works while the guest runs, and must neither disturb it nor starve.
-///
-/// Where there are fewer CPUs than threads, a vCPU that waits for its turn is an outage that no
-/// figure of ours would show: 4 ms at a time, where the kernel ticks at 250 Hz and does not preempt
-/// in between. So such threads run only when nobody else wants the CPU. On a host that has no CPU
-/// to spare they would then never end; one that mostly waits takes turns from there on.
-#[derive(Debug)]
-pub(crate) struct Courtesy {
-    looked: Instant,
-    waited: Duration,
-    gives_way: bool,
-}
-
-impl Courtesy {
-    /// Called between two steps of work.
-    pub(crate) fn look(&mut self) {
-        let passed = self.looked.elapsed();
-        if !self.gives_way || passed < LOOK {
-            return;
-        }
-        let waited = priority::waited_for_cpu().unwrap_or(self.waited + passed);
-        if waited.saturating_sub(self.waited) > passed / 2 {
-            self.gives_way = false;
-            if let Err(error) = priority::run_in_turn() {
-                log::warn!("a thread gets no CPU and may not ask for more: {error}");
-            }
-        }
-        self.looked = Instant::now();
-        self.waited = waited;
     }
 }
 

@@ -39,6 +39,7 @@ mod options;
 mod phase;
 mod plan;
 mod policy;
+mod polite;
 mod protocol;
 mod session;
 mod stalls;

@@ -58,8 +58,6 @@ pub(crate) struct Policy {
     pub(crate) write_threads: usize,
     /// Chunk buffers between capture and disk.
     pub(crate) buffers: usize,
-    /// Those of them that are enough to keep the disk busy.
-    pub(crate) hot_buffers: usize,
     pub(crate) interval: Duration,
     pub(crate) downtime_budget: Duration,
     /// How long write-protecting memory may take in the pause.
@@ -93,7 +91,6 @@ impl Policy {
             write_threads: threads,
             // One in the hands of each thread, and one on its way to each writer.
             buffers: 3 * threads + 1,
-            hot_buffers: 2 * threads + 1,
             interval: options.interval,
             downtime_budget,
             arming_budget: ARMING_BUDGET.min(downtime_budget / 2),
@@ -115,7 +112,7 @@ impl Policy {
     pub(crate) fn piece_buffers(&self, touched: usize) -> (usize, usize) {
         let pieces = (self.staging_slots / PIECE).max(PIECE_BUFFERS_MIN);
         // One more in the hands of each thread that copies, so that the last piece has one too.
-        let wanted = touched + self.sweep_threads() + 1;
+        let wanted = touched + self.write_threads + self.sweep_threads() + 1;
         if pieces >= wanted {
             return (wanted, 0);
         }

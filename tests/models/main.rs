@@ -67,6 +67,8 @@ macro_rules! models {
 
 const MODELS: &[Model] = models! {
     pieces::a_writer_races_the_sweep: Some(2),
+    pieces::a_writer_races_a_thread_that_writes_through: Some(2),
+    pieces::the_sweep_ends_without_a_hurry: Some(2),
     pieces::two_handlers_serve_one_writer: Some(2),
     pieces::the_sweep_lets_a_writer_go: ALL,
     pieces::a_discard_waits_for_the_copy: Some(3),

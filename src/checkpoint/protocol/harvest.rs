@@ -9,7 +9,6 @@ use crossbeam_channel::{Receiver, Sender, select};
 
 use crate::checkpoint::capture::{LastSet, PageCopy, Staged, Staging, slot_offset};
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::Courtesy;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, PIECE};
 use crate::checkpoint::policy::{Closing, ClosingReason, PageCost, Policy};
@@ -75,11 +74,7 @@ impl Harvester {
 
     /// Harvests every interval until the scan is over, then back to back until the rest can be
     /// copied in the pause.
-    pub(super) fn live(
-        &mut self,
-        scanning: &Receiver<Infallible>,
-        mut courtesy: Courtesy,
-    ) -> Result<(), Halt> {
+    pub(super) fn live(&mut self, scanning: &Receiver<Infallible>) -> Result<(), Halt> {
         loop {
             let over = select! {
                 recv(scanning) -> _ => true,
@@ -90,7 +85,6 @@ impl Harvester {
                 return self.close();
             }
             self.round(WhenFull::Defer)?;
-            courtesy.look();
         }
     }
 

@@ -8,9 +8,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, PieceReader};
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::{Courtesy, give_way};
 use crate::checkpoint::error::Halt;
 use crate::checkpoint::layout::{Layout, Window};
+use crate::checkpoint::polite::take_turns;
 use crate::checkpoint::session::Session;
 use crate::checkpoint::tracker::Tracker;
 use crate::checkpoint::writer::WriteQueue;
@@ -43,9 +43,7 @@ pub(super) fn start_scan(
         };
         session
             .capture
-            .spawn(&format!("lvp-scan-{number}"), move || {
-                scanner.run(give_way())
-            })?;
+            .spawn_polite(&format!("lvp-scan-{number}"), move || scanner.run())?;
     }
     Ok((helpers, scanning))
 }
@@ -71,7 +69,7 @@ struct Scanner {
 impl Scanner {
     /// Scans until nothing is left, then waits for the pause and helps with the last set. Ends
     /// after that, when the session needs no help, or by the order to stop.
-    fn run(self, mut courtesy: Courtesy) -> Result<(), Halt> {
+    fn run(self) -> Result<(), Halt> {
         let Self {
             scan,
             queue,
@@ -85,10 +83,11 @@ impl Scanner {
             .get(scan.next.fetch_add(1, Ordering::Relaxed))
         {
             scan.window(window, &mut reader, &queue)?;
-            courtesy.look();
         }
         drop(queue);
         drop(unfinished);
+        // From here on the guest waits for what this thread does.
+        take_turns();
         match last_set.recv() {
             Ok(set) => set.run(),
             Err(_) => Ok(()),

@@ -13,7 +13,6 @@ use std::time::Instant;
 use crossbeam_channel::{Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, Staging};
-use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::harvest::Harvester;
@@ -97,8 +96,8 @@ fn live(
         session.policy.clone(),
     );
     let (done, harvested) = bounded(1);
-    session.capture.spawn("lvp-harvest", move || {
-        harvester.live(&scanning, give_way())?;
+    session.capture.spawn_polite("lvp-harvest", move || {
+        harvester.live(&scanning)?;
         done.send(harvester).map_err(|_| Halt::Stopped)
     })?;
     let harvester = session.control.wait(&harvested)?;

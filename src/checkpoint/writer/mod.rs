@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::{Courtesy, Crew, give_way};
+use crate::checkpoint::crew::Crew;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::stats::WriteStatistics;
@@ -119,6 +119,40 @@ impl Buffer {
     }
 }
 
+/// What a thread writes buffers with.
+#[derive(Debug)]
+pub(crate) struct Sink {
+    control: Arc<Control>,
+    image: Arc<ImageWriter>,
+    tally: Arc<Tally>,
+    scratch: ChunkScratch,
+}
+
+impl Sink {
+    pub(crate) fn new(
+        control: &Arc<Control>,
+        image: &Arc<ImageWriter>,
+        tally: &Arc<Tally>,
+    ) -> Self {
+        Self {
+            control: control.clone(),
+            image: image.clone(),
+            tally: tally.clone(),
+            scratch: ChunkScratch::default(),
+        }
+    }
+
+    /// Compresses, hashes and writes a buffer. Blocks for the disk.
+    pub(crate) fn write(&mut self, buffer: &Buffer) -> Result<(), CheckpointError> {
+        buffer.write(&self.image, &mut self.scratch, &self.tally)?;
+        let written = self.image.bytes_written();
+        self.control
+            .bytes_written
+            .fetch_max(written, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 /// What went to the image; counted by all writing threads.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
@@ -165,9 +199,6 @@ pub(crate) struct WriteQueue {
 /// The free buffers, of which some may be kept for urgent copies.
 #[derive(Clone, Debug)]
 struct Pool {
-    /// The few that go round while nobody is in a hurry: they stay in the CPU's cache from the
-    /// copy to the write.
-    hot: (Sender<Buffer>, Receiver<Buffer>),
     free: (Sender<Buffer>, Receiver<Buffer>),
     /// Has room for the reserve and no more.
     urgent: (Sender<Buffer>, Receiver<Buffer>),
@@ -175,9 +206,8 @@ struct Pool {
 
 impl Pool {
     fn new(buffers: Buffers) -> Self {
-        let Buffers { all, reserve, hot } = buffers;
+        let Buffers { all, reserve } = buffers;
         let pool = Self {
-            hot: bounded(hot),
             free: bounded(all.len()),
             urgent: bounded(reserve),
         };
@@ -185,54 +215,23 @@ impl Pool {
         pool
     }
 
-    /// Fills the reserve first, then the hot side. Does not wait: the last one has room for all.
+    /// Fills the reserve first. Does not wait: the other side has room for all.
     ///
     /// The reserve never grows above its size, however many give buffers back at a time: the sweep
     /// would wait for those above, and they for a writer in need of them that may never come.
     fn put(&self, buffer: Buffer) {
-        let rest = match self.urgent.0.try_send(buffer) {
-            Ok(()) => return,
-            Err(full) => self.hot.0.try_send(full.into_inner()),
-        };
-        if let Err(full) = rest {
+        if let Err(full) = self.urgent.0.try_send(buffer) {
             let sent = self.free.0.send(full.into_inner());
             sent.expect("the pool itself holds a receiver");
         }
-    }
-
-    /// Returns a buffer if one is free, not from the reserve; the hot ones first.
-    fn try_take(&self) -> Option<Buffer> {
-        self.hot
-            .1
-            .try_recv()
-            .or_else(|_| self.free.1.try_recv())
-            .ok()
     }
 }
 
 impl WriteQueue {
     /// Waits for a free buffer, and clears it for copies of `epoch`.
     pub(crate) fn buffer(&self, epoch: u32) -> Result<Buffer, Halt> {
-        if let Some(buffer) = self.pool.try_take() {
-            return Self::cleared(Some(buffer), epoch);
-        }
         select! {
-            recv(self.pool.hot.1) -> buffer => Self::cleared(buffer.ok(), epoch),
             recv(self.pool.free.1) -> buffer => Self::cleared(buffer.ok(), epoch),
-            recv(self.stop) -> _ => Err(Halt::Stopped),
-        }
-    }
-
-    /// Like [`WriteQueue::buffer`], for a copy that is not urgent at all: waits for a hot buffer,
-    /// or for a message in `hurry`; `None` then.
-    pub(crate) fn hot_buffer(
-        &self,
-        epoch: u32,
-        hurry: &Receiver<()>,
-    ) -> Result<Option<Buffer>, Halt> {
-        select! {
-            recv(self.pool.hot.1) -> buffer => Self::cleared(buffer.ok(), epoch).map(Some),
-            recv(hurry) -> _ => Ok(None),
             recv(self.stop) -> _ => Err(Halt::Stopped),
         }
     }
@@ -240,14 +239,13 @@ impl WriteQueue {
     /// Like [`WriteQueue::buffer`], for a copy that somebody waits for: takes those of the reserve
     /// too. Returns also whether all buffers were full, so that the disk was waited for.
     pub(crate) fn urgent_buffer(&self, epoch: u32) -> Result<(Buffer, bool), Halt> {
-        let Pool { hot, free, urgent } = &self.pool;
-        let at_once = urgent.1.try_recv().ok().or_else(|| self.pool.try_take());
+        let Pool { free, urgent } = &self.pool;
+        let at_once = urgent.1.try_recv().or_else(|_| free.1.try_recv()).ok();
         if at_once.is_some() {
             return Ok((Self::cleared(at_once, epoch)?, false));
         }
         let buffer = select! {
             recv(urgent.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
-            recv(hot.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
             recv(free.1) -> buffer => Self::cleared(buffer.ok(), epoch)?,
             recv(self.stop) -> _ => return Err(Halt::Stopped),
         };
@@ -262,8 +260,8 @@ impl WriteQueue {
 
     /// Returns how many buffers are free.
     pub(crate) fn free_buffers(&self) -> usize {
-        let Pool { hot, free, urgent } = &self.pool;
-        hot.1.len() + free.1.len() + urgent.1.len()
+        let Pool { free, urgent } = &self.pool;
+        free.1.len() + urgent.1.len()
     }
 
     /// Gives a buffer back unwritten.
@@ -283,9 +281,8 @@ pub(crate) struct Returned(Pool);
 
 impl Returned {
     pub(crate) fn buffers(&self) -> Vec<Buffer> {
-        let Pool { hot, free, urgent } = &self.0;
-        let sides = [hot, free, urgent].into_iter();
-        sides.flat_map(|side| side.1.try_iter()).collect()
+        let Pool { free, urgent } = &self.0;
+        free.1.try_iter().chain(urgent.1.try_iter()).collect()
     }
 }
 
@@ -294,18 +291,12 @@ pub(crate) struct Buffers {
     pub(crate) all: Vec<Buffer>,
     /// How many are kept for urgent copies.
     pub(crate) reserve: usize,
-    /// How many go round while nobody is in a hurry.
-    pub(crate) hot: usize,
 }
 
 impl Buffers {
     /// All of them alike.
     pub(crate) fn alike(all: Vec<Buffer>) -> Self {
-        Self {
-            all,
-            reserve: 0,
-            hot: 0,
-        }
+        Self { all, reserve: 0 }
     }
 }
 
@@ -322,15 +313,12 @@ pub(crate) fn start_writers(
     let pool = Pool::new(buffers);
     for number in 0..threads {
         let writer = Writer {
-            control: control.clone(),
-            image: image.clone(),
-            tally: tally.clone(),
+            sink: Sink::new(control, image, tally),
+            stop: control.stop_signal().clone(),
             to_write: to_write.clone(),
             pool: pool.clone(),
         };
-        crew.spawn(&format!("lvp-write-{number}"), move || {
-            writer.run(give_way())
-        })?;
+        crew.spawn_polite(&format!("lvp-write-{number}"), move || writer.run())?;
     }
     let queue = WriteQueue {
         filled,
@@ -341,32 +329,25 @@ pub(crate) fn start_writers(
 }
 
 struct Writer {
-    control: Arc<Control>,
-    image: Arc<ImageWriter>,
-    tally: Arc<Tally>,
+    sink: Sink,
+    stop: Receiver<Infallible>,
     to_write: Receiver<Buffer>,
     pool: Pool,
 }
 
 impl Writer {
     /// Ends when nobody fills buffers any more, by the order to stop, or by a failed write.
-    fn run(self, mut courtesy: Courtesy) -> Result<(), Halt> {
-        let mut scratch = ChunkScratch::default();
+    fn run(mut self) -> Result<(), Halt> {
         loop {
             let buffer = select! {
                 recv(self.to_write) -> buffer => match buffer {
                     Ok(buffer) => buffer,
                     Err(_) => return Ok(()),
                 },
-                recv(self.control.stop_signal()) -> _ => return Err(Halt::Stopped),
+                recv(self.stop) -> _ => return Err(Halt::Stopped),
             };
-            buffer.write(&self.image, &mut scratch, &self.tally)?;
-            let written = self.image.bytes_written();
-            self.control
-                .bytes_written
-                .fetch_max(written, Ordering::Relaxed);
+            self.sink.write(&buffer)?;
             self.pool.put(buffer);
-            courtesy.look();
         }
     }
 }

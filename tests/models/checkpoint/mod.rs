@@ -34,7 +34,7 @@ pub(crate) mod crew {
     pub(crate) struct Crew(Vec<Work>);
 
     impl Crew {
-        pub(crate) fn spawn(
+        pub(crate) fn spawn_polite(
             &mut self,
             _name: &str,
             work: impl FnOnce() -> Result<(), Halt> + Send + 'static,
@@ -47,18 +47,6 @@ pub(crate) mod crew {
         pub(crate) fn take(&mut self) -> Work {
             self.0.pop().unwrap()
         }
-    }
-
-    /// Models schedule themselves.
-    #[derive(Default)]
-    pub(crate) struct Courtesy;
-
-    impl Courtesy {
-        pub(crate) fn look(&mut self) {}
-    }
-
-    pub(crate) fn give_way() -> Courtesy {
-        Courtesy
     }
 }
 

@@ -35,7 +35,6 @@ impl Pool {
         let made = Buffers {
             all: (0..buffers).map(|_| Buffer::new().unwrap()).collect(),
             reserve,
-            hot: 0,
         };
         let (queue, returned) =
             start_writers(&mut crew, &control, &image, &Arc::default(), made, writers).unwrap();

@@ -72,7 +72,7 @@ pub(crate) struct ChunkPages<'a> {
     pub(crate) data: &'a [u8],
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct ChunkScratch(());
 
 #[derive(Default)]

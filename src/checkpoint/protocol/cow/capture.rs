@@ -9,11 +9,10 @@ use super::ahead::EarlyWrites;
 use super::protection_failed;
 use crate::checkpoint::capture::{CapturedPieces, Finish, UntouchedPages, copy_piece};
 use crate::checkpoint::control::Control;
-use crate::checkpoint::crew::Courtesy;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, Piece};
 use crate::checkpoint::tracker::WriteProtection;
-use crate::checkpoint::writer::{Buffer, Tally, WriteQueue};
+use crate::checkpoint::writer::{Buffer, Sink, Tally, WriteQueue};
 use crate::guest::DiscardObserver;
 use crate::page::{AtomicPageBitmap, Gfn, PageRun, bitmap_words, runs_of_set_bits};
 use crate::store::ImageWriter;
@@ -47,7 +46,7 @@ pub(super) struct CopyOnWrite {
     next: AtomicUsize,
     /// Somebody had to wait for a copy.
     guest_writes: AtomicBool,
-    /// Gets a message when the first did.
+    /// Gets a message when the first did, and at the end.
     hurry: (Sender<()>, Receiver<()>),
     pub(super) staged_peak: AtomicUsize,
     early_writes: EarlyWrites,
@@ -145,18 +144,57 @@ impl CopyOnWrite {
         self.released.load(Ordering::Acquire)
     }
 
-    /// Captures pieces in order, until none is left to begin with.
-    pub(super) fn sweep(&self, courtesy: &mut Courtesy) -> Result<(), Halt> {
+    /// Captures pieces in order and writes each before the next, while nobody waits for a copy: the
+    /// copy is in the CPU's cache when it is hashed and written. Ends with the first who waits.
+    pub(super) fn write_through(&self) -> Result<(), Halt> {
+        let mut sink = Sink::new(&self.parts.control, &self.parts.image, &self.parts.tally);
+        let mut buffer = self.parts.queue.buffer(EPOCH)?;
+        while !self.guest_writes.load(Ordering::Relaxed)
+            && let Some(piece) = self.next_piece()?
+        {
+            if self.is_all_untouched(piece) {
+                self.capture_untouched(piece)?;
+            } else {
+                buffer.clear(EPOCH);
+                self.copy(piece, &mut buffer);
+                if self.finish(piece)? {
+                    sink.write(&buffer)?;
+                }
+            }
+        }
+        self.parts.queue.put_back(buffer);
+        Ok(())
+    }
+
+    /// Captures pieces in order once somebody has had to wait for a copy: ahead of the guest, as far
+    /// as staging goes. Ends when none is left to begin with.
+    pub(super) fn sweep(&self) -> Result<(), Halt> {
+        while let Some(piece) = self.next_piece()? {
+            self.capture(piece, For::Sweep)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the first who waits for a copy, or the end of all captures.
+    pub(super) fn wait_for_hurry(&self) -> Result<(), Halt> {
+        let (tell, told) = &self.hurry;
+        self.control().wait(told)?;
+        // For the other threads of the sweep.
+        tell.try_send(()).ok();
+        Ok(())
+    }
+
+    /// Returns the next piece that nobody has captured yet.
+    fn next_piece(&self) -> Result<Option<usize>, Halt> {
         loop {
+            self.control().check()?;
             let piece = self.next.fetch_add(1, Ordering::Relaxed);
             if piece >= self.pieces.len() {
-                return Ok(());
+                return Ok(None);
             }
-            self.control().check()?;
             if !self.captured.has(piece) {
-                self.capture(piece, For::Sweep)?;
+                return Ok(Some(piece));
             }
-            courtesy.look();
         }
     }
 
@@ -184,36 +222,43 @@ impl CopyOnWrite {
         Ok(waited)
     }
 
-    /// Copies a piece while it is protected, then un-protects it, then queues the copy.
+    /// Copies a piece while it is protected, then un-protects it, then queues the copy. Returns
+    /// whether the disk had to be waited for.
     fn capture(&self, piece: usize, wanted: For) -> Result<bool, Halt> {
-        let untouched = self.untouched.get();
-        let untouched = untouched.expect("nothing is captured before the pause");
-        let place = &self.pieces[piece];
-        if untouched.count(piece) == place.page_count {
+        if self.is_all_untouched(piece) {
             return self.capture_untouched(piece).map(|()| false);
         }
         let queue = &self.parts.queue;
         let (mut buffer, waited) = match wanted {
-            For::Sweep => (self.buffer_for_sweep()?, false),
+            For::Sweep => (queue.buffer(EPOCH)?, false),
             For::Writer => queue.urgent_buffer(EPOCH)?,
         };
-        copy_piece(self.layout(), place, untouched.of_piece(piece), &mut buffer);
-        self.finish(piece, buffer)?;
+        self.copy(piece, &mut buffer);
+        if self.finish(piece)? {
+            queue.submit(buffer)?;
+            let staged = self
+                .parts
+                .staging_pieces
+                .saturating_sub(queue.free_buffers());
+            self.staged_peak.fetch_max(staged, Ordering::Relaxed);
+        } else {
+            queue.put_back(buffer);
+        }
         Ok(waited)
     }
 
-    /// Takes a few buffers in turn, at the pace of the disk, until somebody had to wait for a copy:
-    /// from then on the sweep runs ahead of the guest as far as staging goes.
-    fn buffer_for_sweep(&self) -> Result<Buffer, Halt> {
-        let (tell, told) = &self.hurry;
-        while !self.guest_writes.load(Ordering::Relaxed) {
-            if let Some(buffer) = self.parts.queue.hot_buffer(EPOCH, told)? {
-                return Ok(buffer);
-            }
-            // For the other threads of the sweep.
-            tell.try_send(()).ok();
-        }
-        self.parts.queue.buffer(EPOCH)
+    fn untouched(&self) -> &UntouchedPages {
+        let untouched = self.untouched.get();
+        untouched.expect("nothing is captured before the pause")
+    }
+
+    fn is_all_untouched(&self, piece: usize) -> bool {
+        self.untouched().count(piece) == self.pieces[piece].page_count
+    }
+
+    fn copy(&self, piece: usize, buffer: &mut Buffer) {
+        let untouched = self.untouched().of_piece(piece);
+        copy_piece(self.layout(), &self.pieces[piece], untouched, buffer);
     }
 
     /// Zeros that are not even there: an entry in the index, no copy.
@@ -237,20 +282,17 @@ impl CopyOnWrite {
         Ok(())
     }
 
-    fn finish(&self, piece: usize, buffer: Buffer) -> Result<(), Halt> {
+    /// Lets everybody write a piece that was copied. Returns whether this copy is the one that
+    /// counts.
+    fn finish(&self, piece: usize) -> Result<bool, Halt> {
         let finish = self.captured.finish(piece);
         if finish == Finish::TooLate {
-            self.parts.queue.put_back(buffer);
-            return Ok(());
+            return Ok(false);
         }
         self.unprotect(piece)?;
-        self.parts.queue.submit(buffer)?;
-        let free = self.parts.queue.free_buffers();
-        let staged = self.parts.staging_pieces.saturating_sub(free);
-        self.staged_peak.fetch_max(staged, Ordering::Relaxed);
         self.count(&self.pieces[piece]);
         self.tell_if_last(finish);
-        Ok(())
+        Ok(true)
     }
 
     /// Lets everybody write a piece, whatever its state.
@@ -269,6 +311,8 @@ impl CopyOnWrite {
         if finish == Finish::Last {
             // There is room for the one message.
             self.done.send(()).ok();
+            // Who waits for a hurry need not wait any more.
+            self.hurry.0.try_send(()).ok();
         }
     }
 }

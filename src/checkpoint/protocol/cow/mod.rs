@@ -1,11 +1,12 @@
 //! `cow`: a short pause at the start, then each piece is copied before its first write.
 //!
 //! The image is the moment of the pause. In it, memory is write-protected and nothing is copied.
-//! Then the guest runs on, and two kinds of threads capture pieces of 2 MiB into bounded staging:
-//! the *sweep*, in order, ahead of the guest; and *fault handlers*, for a vCPU that wants to write
-//! a piece that the sweep has not come to. Each un-protects the piece once it is copied; what then
-//! happens to the copy (compression, digests, the disk) concerns the guest no more. A piece is
-//! captured once, so that time and space are bounded by the size of memory.
+//! Then the guest runs on, and pieces of 2 MiB are captured: in order, by threads that write each
+//! before the next; and by *fault handlers*, for a vCPU that wants to write a piece that they have
+//! not come to. With the first such vCPU there is hurry: from then on the *sweep* copies pieces
+//! into bounded staging, ahead of the guest and of the disk. Each un-protects the piece once it is
+//! copied; what then happens to the copy (compression, digests, the disk) concerns the guest no
+//! more. A piece is captured once, so that time and space are bounded by the size of memory.
 //!
 //! **The pause does not depend on the size of memory.** Protecting huge pages that the guest maps
 //! as such takes 0.2 to 0.3 ms per GiB. Where it takes longer (pages of 4 KiB, or a guest that
@@ -30,7 +31,6 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, bounded};
 
 use crate::checkpoint::capture::UntouchedPages;
-use crate::checkpoint::crew::give_way;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::Captured;
@@ -64,8 +64,8 @@ pub(super) fn capture(
     // Whatever happens from here on: everybody is let go at the end of this function.
     let release = Release(cow.clone());
     let handlers = start_handlers(session, &cow)?;
-    let (go, start) = bounded(session.policy.sweep_threads());
-    start_sweep(session, &cow, &start)?;
+    let (go, start) = bounded(session.policy.write_threads);
+    start_capture(session, &cow, &start)?;
     session.job.enter(Phase::Live)?;
     let observer = DiscardsAnnounced::new(session.guest.clone(), &cow);
     // After the observer is set: from this look on every discard is known.
@@ -82,7 +82,7 @@ pub(super) fn capture(
     session.job.enter(Phase::Draining)?;
     session.statistics.arming = Some(ahead.statistics());
     drop(ahead);
-    for _ in 0..session.policy.sweep_threads() {
+    for _ in 0..session.policy.write_threads {
         go.send(()).map_err(|_| Halt::Stopped)?;
     }
     session.control.wait(cow.all_captured())?;
@@ -126,11 +126,7 @@ fn make(
         &session.control,
         &image,
         &session.tally,
-        Buffers {
-            all,
-            reserve,
-            hot: session.policy.hot_buffers,
-        },
+        Buffers { all, reserve },
         session.policy.write_threads,
     )?;
     let cow = CopyOnWrite::new(Parts {
@@ -175,23 +171,30 @@ fn start_handlers(
     Ok(handlers)
 }
 
-fn start_sweep(
+/// Starts the threads that write what they capture, from the resume on, and those that take over
+/// when somebody has to wait.
+fn start_capture(
     session: &mut Session,
     cow: &Arc<CopyOnWrite>,
     start: &Receiver<()>,
 ) -> Result<(), Halt> {
-    let threads = session.policy.sweep_threads();
-    session.statistics.capture_threads = threads as u64;
-    for number in 0..threads {
+    session.statistics.capture_threads = session.policy.sweep_threads() as u64;
+    for number in 0..session.policy.write_threads {
         let (cow, start) = (cow.clone(), start.clone());
         let control = session.control.clone();
-        session
-            .capture
-            .spawn(&format!("lvp-scan-{number}"), move || {
-                let mut courtesy = give_way();
-                control.wait(&start)?;
-                cow.sweep(&mut courtesy)
-            })?;
+        let name = format!("lvp-through-{number}");
+        session.capture.spawn_polite(&name, move || {
+            control.wait(&start)?;
+            cow.write_through()
+        })?;
+    }
+    for number in 0..session.policy.sweep_threads() {
+        let cow = cow.clone();
+        let name = format!("lvp-scan-{number}");
+        session.capture.spawn_polite(&name, move || {
+            cow.wait_for_hurry()?;
+            cow.sweep()
+        })?;
     }
     Ok(())
 }

@@ -6,7 +6,6 @@
 //! not protecting what was written early; capturing early writes instead of letting them through;
 //! fixing the moment after the switch.
 
-use crate::checkpoint::crew::Courtesy;
 use std::time::Duration;
 
 use super::{Ahead, Scene};
@@ -63,6 +62,6 @@ fn arm_and_end(mut scene: Scene) {
     ahead.finish_in_pause().unwrap();
     scene.gate.open();
     drop(ahead);
-    scene.cow.sweep(&mut Courtesy).unwrap();
+    scene.cow.sweep().unwrap();
     scene.end(&[at_moment]);
 }

@@ -107,8 +107,6 @@ impl Scene {
         let buffers_made = Buffers {
             all: all.collect(),
             reserve,
-            // The models that run no writer must not need one.
-            hot: buffers,
         };
         let (queue, returned) =
             start_writers(&mut writers, &control, &image, &tally, buffers_made, 1).unwrap();
