@@ -14,11 +14,11 @@ SOVERSION := 0
 TARGET    := $(or $(CARGO_TARGET_DIR),target)
 SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 
-# Guests are C; the C tests run under valgrind as well.
+# Guests are C; the C tests run under valgrind as well; virsh is the daemon's client.
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
 PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind $(PACKAGES_LAB)
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt $(PACKAGES_LAB)
 
 # Installs the Debian packages in $(1) that are missing, and says so.
 define need
@@ -78,7 +78,12 @@ header: ## copies the generated C header to include/
 
 install: build ## into $(DESTDIR)$(PREFIX)
 	install -Dm755 $(TARGET)/release/livepoint $(DESTDIR)$(PREFIX)/bin/livepoint
+	install -Dm755 $(TARGET)/release/livepointd $(DESTDIR)$(PREFIX)/bin/livepointd
 	install -Dm755 $(TARGET)/release/liblivepoint.so $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(VERSION)
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	install -m644 packaging/systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	sed -e 's|@PREFIX@|$(PREFIX)|g' packaging/systemd/livepointd.service.in \
+		> $(DESTDIR)$(PREFIX)/lib/systemd/system/livepointd.service
 	ln -sf liblivepoint.so.$(VERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(SOVERSION)
 	ln -sf liblivepoint.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so
 	install -Dm644 include/livepoint.h $(DESTDIR)$(PREFIX)/include/livepoint.h

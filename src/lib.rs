@@ -10,6 +10,8 @@ pub mod capi;
 pub mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
+pub mod daemon;
 pub mod domain;
 pub mod guest;
 #[cfg(feature = "cli")]
@@ -19,6 +21,8 @@ pub mod kvmstate;
 pub mod machine;
 pub mod page;
 pub mod restore;
+#[cfg(feature = "cli")]
+pub mod rpc;
 pub mod state;
 pub mod store;
 mod sync;

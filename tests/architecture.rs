@@ -42,6 +42,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("capi", &["host", "sys"]),
     ("cli", &["host", "guests"]),
+    ("rpc", &[]),
+    ("daemon", &["host", "rpc"]),
 ];
 
 fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {

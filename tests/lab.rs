@@ -21,12 +21,10 @@ use libtest_mimic::{Arguments, Failed, Trial};
 const JOB_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// What each job proves is said at its beginning.
-const JOBS: &[(&str, &str)] = &[
-    (
-        "a_stock_kernel_boots_to_a_shell_and_powers_off",
-        "linux-boot",
-    ),
-];
+const JOBS: &[(&str, &str)] = &[(
+    "a_stock_kernel_boots_to_a_shell_and_powers_off",
+    "linux-boot",
+)];
 
 /// The L1 machine, while it runs.
 struct Lab {

@@ -89,6 +89,19 @@ pub(super) struct RunArgs {
     /// Return once the domain runs, and leave it running in the background.
     #[arg(long)]
     pub detach: bool,
+    #[command(flatten)]
+    pub worker: WorkerArgs,
+}
+
+/// What a daemon gives the process of a domain.
+#[derive(Debug, Args)]
+pub(super) struct WorkerArgs {
+    /// The domain's number among those that run.
+    #[arg(long, hide = true, value_name = "N")]
+    pub id: Option<u32>,
+    /// File that is written when the domain has ended, and says how, as JSON.
+    #[arg(long, hide = true, value_name = "FILE", conflicts_with = "detach")]
+    pub final_state: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -113,6 +126,8 @@ pub(super) struct RestoreArgs {
     /// The other name [default: the old one and some digits].
     #[arg(long, requires = "new_identity")]
     pub name: Option<String>,
+    #[command(flatten)]
+    pub worker: WorkerArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -12,13 +12,13 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::Context;
-use super::args::{ClockArg, RestoreArgs, RunArgs};
+use super::args::{ClockArg, RestoreArgs, RunArgs, WorkerArgs};
 use super::output::micros;
 use crate::guests;
 use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
-    BuiltinKernel, Domain, DomainOptions, EndReason, Image, RestoreOptions, RuntimeDir,
+    BuiltinKernel, Domain, DomainOptions, EndReason, FinalState, Image, RestoreOptions, RuntimeDir,
     TerminationSignals,
 };
 
@@ -68,7 +68,7 @@ impl Started {
 pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode> {
     let xml = fs::read_to_string(&args.xml)
         .with_context(|| format!("could not read {}", args.xml.display()))?;
-    let options = domain_options(context)?;
+    let options = domain_options(context, &args.worker)?;
     if args.detach {
         let name = Domain::name_in(&xml).map_err(|error| error.in_file(&args.xml))?;
         let mut again = vec!["run".into(), args.xml.clone().into_os_string()];
@@ -79,7 +79,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode>
     let domain = Domain::define(&xml, options).map_err(|error| error.in_file(&args.xml))?;
     let domain = Arc::new(domain);
     domain.start(args.paused)?;
-    serve(context, &domain, None, &signals)
+    serve(context, &domain, None, &signals, &args.worker)
 }
 
 pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<ExitCode> {
@@ -111,10 +111,11 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     let domain = Arc::new(Domain::restore(
         &args.image,
         &options,
-        domain_options(context)?,
+        domain_options(context, &args.worker)?,
     )?);
     domain.start(args.paused)?;
-    serve(context, &domain, Some(start.elapsed()), &signals)
+    let restored_in = Some(start.elapsed());
+    serve(context, &domain, restored_in, &signals, &args.worker)
 }
 
 /// Returns the name of a domain that is to be another than the one that was saved.
@@ -130,8 +131,9 @@ fn new_name(args: &RestoreArgs) -> anyhow::Result<Option<String>> {
     Ok(Some(format!("{}-{}", image.name(), &digits[..8])))
 }
 
-fn domain_options(context: &Context) -> anyhow::Result<DomainOptions> {
+fn domain_options(context: &Context, args: &WorkerArgs) -> anyhow::Result<DomainOptions> {
     let mut options = DomainOptions::new(context.runtime()?);
+    options.id = args.id;
     options.builtin_kernels = guests::ALL
         .iter()
         .map(|guest| BuiltinKernel {
@@ -148,6 +150,7 @@ fn serve(
     domain: &Arc<Domain>,
     restored_in: Option<Duration>,
     signals: &TerminationSignals,
+    args: &WorkerArgs,
 ) -> anyhow::Result<ExitCode> {
     let socket = context.runtime()?.socket(domain.name())?;
     let server = ControlServer::start(domain.clone(), &socket)?;
@@ -162,6 +165,9 @@ fn serve(
         })?;
     }
     let end = domain.wait()?;
+    if let (Some(file), Some(state)) = (&args.final_state, domain.final_state()) {
+        write_final_state(file, &state)?;
+    }
     drop(server);
     Ok(match end {
         EndReason::Crashed(why) => {
@@ -173,6 +179,14 @@ fn serve(
             ExitCode::SUCCESS
         }
     })
+}
+
+/// Tells a daemon that was not there how the domain ended; whole, or not at all.
+fn write_final_state(file: &Path, state: &FinalState) -> anyhow::Result<()> {
+    let written = file.with_extension("new");
+    fs::write(&written, serde_json::to_vec(state)?)
+        .and_then(|()| fs::rename(&written, file))
+        .with_context(|| format!("could not write {}", file.display()))
 }
 
 /// Says that the domain runs; on stderr, since stdout may be the guest's console.

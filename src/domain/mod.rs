@@ -22,6 +22,7 @@ mod document;
 mod error;
 mod format;
 mod memory;
+mod metadata;
 mod parse;
 mod parse_devices;
 mod rules;
@@ -50,6 +51,7 @@ pub use memory::{
     HugePageSize, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MEMORY_BYTES_MULTIPLE, MemoryConfig,
     MemorySize, MemorySource,
 };
+pub use metadata::Metadata;
 pub use rules::{Disposition, Rule, reference, rules};
 pub use values::{
     BUILTIN_BYTES_MAX, BootConfig, BuiltinName, CMDLINE_BYTES_MAX, Description, DomainName,
@@ -85,17 +87,6 @@ impl MachineConfig {
             clock: ClockConfig::default(),
             devices: Devices::default(),
         }
-    }
-}
-
-/// The `<metadata>` of a domain, as it was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metadata(String);
-
-impl Metadata {
-    /// Returns the element, its own tags included.
-    pub fn as_xml(&self) -> &str {
-        &self.0
     }
 }
 

@@ -120,7 +120,7 @@ pub(super) fn domain(
         uuid: uuid.unwrap_or_else(Uuid::new_v4),
         title: title.transpose()?,
         description: description.transpose()?,
-        metadata: metadata.map(Metadata),
+        metadata: metadata.map(Metadata::checked),
         lifecycle: lifecycle(root)?,
         namespaces: survey.namespaces,
         kept: survey.kept,

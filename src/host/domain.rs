@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::checkpoint::{self, CheckpointOptions, Workspace};
@@ -16,7 +17,8 @@ use crate::host::control::protocol::{JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::image::default_threads;
 use crate::host::{
-    CheckpointRequest, EndReason, HostError, Image, Job, MachineState, RuntimeDir, machine_facts,
+    CheckpointRequest, DomainEvents, EndReason, FinalState, HostError, Image, Job, MachineState,
+    RuntimeDir, machine_facts,
 };
 use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
@@ -43,6 +45,8 @@ pub struct DomainOptions {
     pub runtime: RuntimeDir,
     /// Guests that are part of the program.
     pub builtin_kernels: Vec<BuiltinKernel>,
+    /// The domain's number among those that run; the process's own where there is none.
+    pub id: Option<u32>,
 }
 
 impl DomainOptions {
@@ -51,6 +55,7 @@ impl DomainOptions {
         Self {
             runtime,
             builtin_kernels: Vec::new(),
+            id: None,
         }
     }
 }
@@ -75,6 +80,17 @@ impl Default for RestoreOptions {
             new_name: None,
         }
     }
+}
+
+/// What people and programs wrote into a running domain's document; the machine does not change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainTexts {
+    /// `<title>`.
+    pub title: Option<String>,
+    /// `<description>`.
+    pub description: Option<String>,
+    /// `<metadata>`, its own tags included.
+    pub metadata: Option<String>,
 }
 
 /// Changes to a domain's XML.
@@ -102,6 +118,8 @@ struct Inner {
     /// Held from the start, or the restore, until the machine ends or starts again.
     locks: Option<Locks>,
     jobs: Vec<Job>,
+    /// Changes to what the document says besides the machine.
+    texts: Option<DomainTexts>,
 }
 
 /// What keeps two processes from running one domain.
@@ -188,6 +206,7 @@ impl Domain {
                 machine,
                 locks,
                 jobs: Vec::new(),
+                texts: None,
             }),
             workspace: Workspace::default(),
         }
@@ -331,6 +350,7 @@ impl Domain {
         Status {
             name: self.name().to_owned(),
             uuid: self.uuid(),
+            id: Some(self.id()),
             pid: std::process::id(),
             state,
             vcpus: u32::from(self.config.machine.vcpus.count()),
@@ -340,23 +360,65 @@ impl Domain {
         }
     }
 
+    /// Returns the domain's number among those that run.
+    pub fn id(&self) -> u32 {
+        self.options.id.unwrap_or_else(std::process::id)
+    }
+
+    /// Replaces what the document says besides the machine. Images keep what it was made with.
+    pub fn set_texts(&self, texts: DomainTexts) -> Result<(), HostError> {
+        let mut config = self.config.clone();
+        config
+            .set_texts(
+                texts.title.as_deref(),
+                texts.description.as_deref(),
+                texts.metadata.as_deref(),
+            )
+            .map_err(|error| HostError::Invalid(error.to_string()))?;
+        self.lock().texts = Some(texts);
+        Ok(())
+    }
+
+    /// Returns the events of the domain from now on, after what it is doing now.
+    pub fn events(&self) -> Result<(MachineState, DomainEvents), HostError> {
+        let machine = self.machine()?;
+        let events = DomainEvents::new(machine.events());
+        Ok(((&machine.state()).into(), events))
+    }
+
+    /// Returns how the machine has ended, if it has.
+    pub fn final_state(&self) -> Option<FinalState> {
+        let inner = self.lock();
+        FinalState::of(&inner.machine.as_ref()?.state())
+    }
+
     /// Returns the domain's XML as it runs.
     pub fn xml(&self) -> String {
         let inner = self.lock();
+        let mut config = self.config.clone();
+        if let Some(texts) = &inner.texts {
+            config
+                .set_texts(
+                    texts.title.as_deref(),
+                    texts.description.as_deref(),
+                    texts.metadata.as_deref(),
+                )
+                .expect("checked when they were set");
+        }
         let Some(machine) = inner
             .machine
             .as_ref()
             .filter(|machine| !machine.state().has_ended())
         else {
-            return self.config.to_xml(XmlView::Inactive);
+            return config.to_xml(XmlView::Inactive);
         };
         let ptys = machine
             .consoles()
             .into_iter()
             .map(|console| HostPath::new(console.path?.to_str()?).ok())
             .collect();
-        self.config.to_xml(XmlView::Live(&LiveInfo {
-            id: std::process::id(),
+        config.to_xml(XmlView::Live(&LiveInfo {
+            id: self.id(),
             ptys,
         }))
     }

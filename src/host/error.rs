@@ -10,6 +10,7 @@ use crate::checkpoint::CheckpointError;
 use crate::domain::DomainError;
 use crate::guest::GuestError;
 use crate::machine::MachineError;
+use crate::restore::core::CoreError;
 use crate::restore::eager::FillError as RestoreError;
 use crate::store::StoreError;
 use crate::sys::lock::LockError;
@@ -87,6 +88,9 @@ pub enum HostError {
     /// The image could not be restored.
     #[error(transparent)]
     Restore(Box<RestoreError>),
+    /// The image could not be written as a core file.
+    #[error(transparent)]
+    Core(Box<CoreError>),
     /// The domain, its name or its UUID is in use.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -158,6 +162,12 @@ impl From<RestoreError> for HostError {
     }
 }
 
+impl From<CoreError> for HostError {
+    fn from(error: CoreError) -> Self {
+        Self::Core(Box::new(error))
+    }
+}
+
 impl HostError {
     /// Makes an error about a path.
     pub fn path(action: &'static str, path: &Path, source: io::Error) -> Self {
@@ -184,6 +194,11 @@ impl HostError {
             Self::Restore(error) => match &**error {
                 RestoreError::Layout { .. } => ErrorCode::Corrupt,
                 RestoreError::Store(error) => store_code(error),
+            },
+            Self::Core(error) => match &**error {
+                CoreError::Store(error) => store_code(error),
+                CoreError::State(_) => ErrorCode::Corrupt,
+                CoreError::Write(error) => io_code(error),
             },
             Self::Lock(LockError::Held { .. }) => ErrorCode::Busy,
             Self::Lock(LockError::Io { source, .. }) => io_code(source),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::host::{HostError, machine_facts};
-use crate::restore::compat;
+use crate::restore::{compat, core};
 use crate::store::{FileStorage, ImageReader, ImageSummary, VerifyReport};
 
 /// Most threads that check an image: beyond it the disk is the limit.
@@ -34,6 +34,11 @@ impl Image {
         &self.reader.manifest().guest.name
     }
 
+    /// Returns the document of the domain that was saved.
+    pub fn domain_xml(&self) -> &str {
+        &self.reader.manifest().guest.domain_xml
+    }
+
     /// Returns the image in figures.
     pub fn summary(&self) -> ImageSummary {
         self.reader.summary()
@@ -50,6 +55,19 @@ impl Image {
         let host = machine_facts()?;
         let lacks = compat::check(&self.reader.manifest().guest.facts, &host);
         Ok(lacks.iter().map(ToString::to_string).collect())
+    }
+
+    /// Writes the guest's memory and registers as an ELF core file, for debuggers. Replaces `out`;
+    /// on an error it is gone.
+    pub fn write_core(&self, out: &Path) -> Result<(), HostError> {
+        let file =
+            std::fs::File::create(out).map_err(|source| HostError::path("write", out, source))?;
+        let written = core::write(&self.reader, &file, default_threads(VERIFY_THREADS_MAX));
+        written.map_err(|error| {
+            // Half a core file would only mislead.
+            drop(std::fs::remove_file(out));
+            HostError::from(error)
+        })
     }
 
     /// Reads every byte that a restore would use, and checks every digest.

@@ -6,6 +6,7 @@ pub mod control;
 mod convert;
 mod domain;
 mod error;
+mod event;
 mod image;
 mod job;
 mod request;
@@ -15,12 +16,18 @@ use crate::kvmstate;
 use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::Protocol;
+pub use crate::domain::{DomainConfig, DomainError, DomainName, VCPUS_MAX, Vcpus, XmlView};
 pub use crate::kvmstate::ClockPolicy;
 pub use crate::store::{Codec, ImageSummary, VerifyReport};
+pub use crate::sys::lock::LockFile;
+pub use crate::sys::passed_fds::take as take_passed_descriptors;
 pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;
-pub use domain::{BuiltinKernel, Domain, DomainChanges, DomainOptions, RestoreOptions};
+pub use domain::{
+    BuiltinKernel, Domain, DomainChanges, DomainOptions, DomainTexts, RestoreOptions,
+};
 pub use error::{ErrorCode, HostError};
+pub use event::{DomainEvent, DomainEvents, Ending, FinalState};
 pub use image::Image;
 pub use job::Job;
 pub use request::{

@@ -4,4 +4,5 @@
 //! from [`crate::store::ImageReader::sections`] to whoever can set them.
 
 pub mod compat;
+pub mod core;
 pub mod eager;

@@ -8,6 +8,7 @@ pub mod kvm_run;
 pub mod lock;
 pub mod mapping;
 pub mod pagemap;
+pub mod passed_fds;
 pub mod priority;
 pub mod sigmask;
 pub mod signal;

@@ -5,7 +5,9 @@
     reason = "each test program uses its own part"
 )]
 
+pub mod livepointd;
 pub mod pagewriter;
+pub mod rpc_client;
 mod sample;
 
 use std::fs::OpenOptions;

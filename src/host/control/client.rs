@@ -3,6 +3,7 @@
 use std::io::{self, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -11,7 +12,9 @@ use super::protocol::{
     Call, Greeting, JobId, Method, Outcome, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, Reply, Status,
 };
 use super::server::read_line;
-use crate::host::{CheckpointRequest, CheckpointSummary, HostError, JobProgress, RuntimeDir};
+use crate::host::{
+    CheckpointRequest, CheckpointSummary, DomainEvent, HostError, JobProgress, RuntimeDir,
+};
 
 /// A connection to the process that runs a domain. Calls block until they are answered.
 #[derive(Debug)]
@@ -101,10 +104,39 @@ impl ControlClient {
         self.call_with_progress(Method::JobWait(job), on_progress)
     }
 
+    /// Hears of everything that happens to the domain, until it ends.
+    pub fn events(&mut self, mut on_event: impl FnMut(DomainEvent)) -> Result<(), HostError> {
+        let done = self.call_with::<Value>(Method::Events, |meanwhile| {
+            if let Meanwhile::Event(event) = meanwhile {
+                on_event(event);
+            }
+        });
+        done.map(drop)
+    }
+
+    /// Limits how long a call waits for each line of the process, `None` for ever.
+    pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<(), HostError> {
+        let stream = self.stream.get_ref();
+        stream.set_read_timeout(timeout).map_err(lost)?;
+        stream.set_write_timeout(timeout).map_err(lost)
+    }
+
     fn call_with_progress<T: DeserializeOwned>(
         &mut self,
         method: Method,
         mut on_progress: impl FnMut(&JobProgress),
+    ) -> Result<T, HostError> {
+        self.call_with(method, |meanwhile| {
+            if let Meanwhile::Progress(progress) = meanwhile {
+                on_progress(&progress);
+            }
+        })
+    }
+
+    fn call_with<T: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        mut on_meanwhile: impl FnMut(Meanwhile),
     ) -> Result<T, HostError> {
         let id = self.next_id;
         self.next_id += 1;
@@ -125,7 +157,8 @@ impl ControlClient {
                 )));
             }
             match reply.outcome {
-                Outcome::Progress(progress) => on_progress(&progress),
+                Outcome::Progress(progress) => on_meanwhile(Meanwhile::Progress(progress)),
+                Outcome::Event(event) => on_meanwhile(Meanwhile::Event(event)),
                 Outcome::Error(error) => {
                     return Err(HostError::Remote {
                         code: error.code,
@@ -140,6 +173,12 @@ impl ControlClient {
             }
         }
     }
+}
+
+/// What comes before a call's answer.
+enum Meanwhile {
+    Progress(JobProgress),
+    Event(DomainEvent),
 }
 
 fn lost(source: io::Error) -> HostError {

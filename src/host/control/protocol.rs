@@ -8,7 +8,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::host::{CheckpointRequest, CheckpointSummary, ErrorCode, JobProgress, MachineState};
+use crate::host::{
+    CheckpointRequest, CheckpointSummary, DomainEvent, DomainTexts, ErrorCode, JobProgress,
+    MachineState,
+};
 
 /// The newest protocol version that this build speaks.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -74,6 +77,10 @@ pub enum Method {
     /// Waits for a job's end with progress lines meanwhile; answered with a
     /// [`CheckpointSummary`], or with the job's error.
     JobWait(JobId),
+    /// Tells what happens to the domain until it ends, in lines of their own; answered then.
+    Events,
+    /// Replaces the document's title, description and metadata.
+    SetTexts(DomainTexts),
 }
 
 /// Names a job.
@@ -93,6 +100,9 @@ pub struct Status {
     pub name: String,
     /// The domain's UUID.
     pub uuid: Uuid,
+    /// Its number among those that run.
+    #[serde(default)]
+    pub id: Option<u32>,
     /// The process that runs it.
     pub pid: u32,
     /// Its state.
@@ -127,6 +137,8 @@ pub enum Outcome {
     Error(ErrorReply),
     /// Not the answer yet: how far a [`Method::JobWait`]'s job is.
     Progress(JobProgress),
+    /// Not the answer yet: what a [`Method::Events`] waits for.
+    Event(DomainEvent),
 }
 
 /// Why a call was not done.

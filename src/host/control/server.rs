@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -18,7 +19,7 @@ use super::protocol::{
     PROTOCOL_VERSION_MIN, Reply,
 };
 use crate::host::runtime::RuntimeDir;
-use crate::host::{Domain, HostError};
+use crate::host::{Domain, DomainEvent, HostError};
 use crate::sys::sigmask::SignalsBlocked;
 
 /// Connections served at once: each costs a thread, and no tool needs more than a few. One more
@@ -30,6 +31,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a waiting client hears of the job's progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How often a client that waits for events is looked after.
+const PEER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long the end of the server waits for calls that are being answered.
 const LAST_ANSWERS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -250,6 +254,8 @@ impl Connection<'_> {
             Method::JobProgress(id) => domain.job(id.job).map(|job| json(&job.progress())),
             Method::JobCancel(id) => nothing(domain.job(id.job).map(|job| job.cancel())),
             Method::JobWait(id) => return self.wait(call.id, id),
+            Method::Events => return self.events(call.id),
+            Method::SetTexts(texts) => nothing(domain.set_texts(texts)),
         })
     }
 
@@ -266,6 +272,36 @@ impl Connection<'_> {
                 id: call,
                 outcome: Outcome::Progress(job.progress()),
             })?;
+        }
+    }
+
+    fn events(&self, call: u64) -> io::Result<Result<Value, HostError>> {
+        let (state, events) = match self.domain.events() {
+            Ok(events) => events,
+            Err(error) => return Ok(Err(error)),
+        };
+        let tell = |event| {
+            self.send(&Reply {
+                id: call,
+                outcome: Outcome::Event(event),
+            })
+        };
+        tell(DomainEvent::Now { state })?;
+        // It may have ended before the subscription.
+        let mut ended = self.domain.final_state().map(DomainEvent::Ended);
+        loop {
+            let next = ended.take().or_else(|| events.next(PEER_CHECK_INTERVAL));
+            let Some(event) = next else {
+                if has_hung_up(self.out) {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+                continue;
+            };
+            let is_last = matches!(event, DomainEvent::Ended(_));
+            tell(event)?;
+            if is_last {
+                return Ok(Ok(Value::Null));
+            }
         }
     }
 
@@ -286,6 +322,13 @@ impl Connection<'_> {
         let mut out = self.out;
         out.write_all(&line)
     }
+}
+
+/// Returns whether nobody reads what is sent any more.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec::default();
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 fn json(value: &impl Serialize) -> Value {

@@ -1,0 +1,5 @@
+//! The `livepointd` daemon.
+
+fn main() -> std::process::ExitCode {
+    livepoint::daemon::main()
+}

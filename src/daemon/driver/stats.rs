@@ -1,0 +1,245 @@
+//! What domains use of the host, from the processes that run them.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use super::lookup::fits;
+use super::{Answer, DriverCall, Livepoint, check_flags};
+use crate::daemon::managed::Managed;
+use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
+
+pub(super) const TABLE: &[Procedure<Livepoint>] = &[
+    procedure!(159, Quick, memory_stats),
+    procedure!(262, Quick, cpu_stats),
+    procedure!(344, Quick, all_stats),
+];
+
+/// Nanoseconds of a tick of /proc/PID/stat (USER_HZ is 100).
+const TICK_NS: u64 = 10_000_000;
+
+/// The time that a thread has run, and where.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ThreadTime {
+    pub(super) time_ns: u64,
+    pub(super) cpu: i32,
+}
+
+/// User time, system time and CPU of a process or thread, from its stat file (proc(5)).
+fn read_stat(path: &str) -> Option<(u64, u64, i32)> {
+    let text = fs::read_to_string(path).ok()?;
+    // The name may hold anything, so count from behind it.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+    let cpu = fields.get(39 - 3)?.parse().ok()?;
+    Some((number(14)? * TICK_NS, number(15)? * TICK_NS, cpu))
+}
+
+/// Returns the CPU time of a domain's process.
+pub(super) fn cpu_time_ns(pid: u32) -> u64 {
+    read_stat(&format!("/proc/{pid}/stat")).map_or(0, |(user, system, _)| user + system)
+}
+
+/// Returns the CPU time of each vCPU of a domain's process.
+pub(super) fn vcpu_times_ns(pid: u32) -> BTreeMap<u32, ThreadTime> {
+    let mut found = BTreeMap::new();
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
+    for thread in threads.filter_map(Result::ok) {
+        let path = thread.path();
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        let vcpu = name
+            .trim()
+            .strip_prefix("lvp-vcpu-")
+            .and_then(|n| n.parse().ok());
+        if let (Some(vcpu), Some((user, system, cpu))) =
+            (vcpu, read_stat(&path.join("stat").to_string_lossy()))
+        {
+            let time_ns = user + system;
+            found.insert(vcpu, ThreadTime { time_ns, cpu });
+        }
+    }
+    found
+}
+
+/// Returns the memory of the host that a domain's process takes, in KiB.
+fn rss_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.unwrap_or(0)
+}
+
+/// What is asked of a running domain.
+fn running(call: &DriverCall<'_>, wanted: &DomainRef) -> Answer<(u32, u64)> {
+    let domain = call.driver.registry.find(wanted)?;
+    let state = domain.lock();
+    let live = state.active()?;
+    Ok((live.pid, live.config.machine.memory.size().kib()))
+}
+
+fn memory_stats(
+    call: &DriverCall<'_>,
+    (wanted, most, flags): (DomainRef, u32, u32),
+) -> Answer<List<(i32, u64), 1024>> {
+    const ACTUAL_BALLOON: i32 = 6;
+    const RSS: i32 = 7;
+    check_flags(flags, 0, "virDomainMemoryStats")?;
+    let (pid, kib) = running(call, &wanted)?;
+    let stats = [(ACTUAL_BALLOON, kib), (RSS, rss_kib(pid))];
+    Ok(List(stats.into_iter().take(most as usize).collect()))
+}
+
+type CpuStats = (List<TypedParam, 2048>, i32);
+
+fn cpu_stats(
+    call: &DriverCall<'_>,
+    (wanted, nparams, start, ncpus, flags): (DomainRef, u32, i32, u32, u32),
+) -> Answer<CpuStats> {
+    check_flags(flags, 4, "virDomainGetCPUStats")?;
+    let (pid, _) = running(call, &wanted)?;
+    if start >= 0 {
+        // How a process's time is spread over CPUs is not kept by the kernel for processes.
+        return Err(RpcError::new(
+            Code::OperationInvalid,
+            "cgroup CPUACCT controller is not mounted",
+        ));
+    }
+    if ncpus != 1 {
+        return Err(RpcError::new(
+            Code::InvalidArg,
+            "ncpus must be 1 for the total",
+        ));
+    }
+    let (user, system, _) = read_stat(&format!("/proc/{pid}/stat")).unwrap_or_default();
+    let params = [
+        ("cpu_time", user + system),
+        ("user_time", user),
+        ("system_time", system),
+    ];
+    let params: Vec<_> = params
+        .into_iter()
+        .take(if nparams == 0 { 0 } else { nparams as usize })
+        .map(|(name, value)| TypedParam::ulong(name, value))
+        .collect();
+    let count = if nparams == 0 {
+        3
+    } else {
+        i32::try_from(params.len()).unwrap_or(0)
+    };
+    Ok((List(params), count))
+}
+
+/// Groups of bulk statistics (`virDomainStatsTypes`).
+const STATS_STATE: u32 = 1;
+const STATS_CPU_TOTAL: u32 = 2;
+const STATS_BALLOON: u32 = 4;
+const STATS_VCPU: u32 = 8;
+const STATS_INTERFACE: u32 = 16;
+const STATS_BLOCK: u32 = 32;
+const STATS_KNOWN: u32 =
+    STATS_STATE | STATS_CPU_TOTAL | STATS_BALLOON | STATS_VCPU | STATS_INTERFACE | STATS_BLOCK;
+/// Refuse groups that are not there rather than leave them out.
+const ENFORCE: u32 = 1 << 31;
+/// Flags that are no filters of the list of domains.
+const NOT_FILTERS: u32 = ENFORCE | 1 << 30 | 1 << 29;
+
+type Record = (DomainRef, List<TypedParam, 262_144>);
+type AllStats = (List<Record, 16_384>,);
+
+fn all_stats(
+    call: &DriverCall<'_>,
+    (wanted, groups, flags): (List<DomainRef, 16_384>, u32, u32),
+) -> Answer<AllStats> {
+    check_flags(flags, NOT_FILTERS | 0xff, "virConnectGetAllDomainStats")?;
+    if flags & ENFORCE != 0 && groups & !STATS_KNOWN != 0 {
+        return Err(RpcError::new(
+            Code::ArgumentUnsupported,
+            format!(
+                "Stats types bits 0x{:x} are not supported by this daemon",
+                groups & !STATS_KNOWN
+            ),
+        ));
+    }
+    let groups = if groups == 0 { STATS_KNOWN } else { groups };
+    let registry = &call.driver.registry;
+    let domains = if wanted.0.is_empty() {
+        let filters = flags & !NOT_FILTERS;
+        let all = registry.all().into_iter();
+        all.filter(|domain| fits(call.driver, domain, filters))
+            .collect()
+    } else {
+        // Those that are gone meanwhile are left out, as libvirt does.
+        let named = wanted.0.iter().filter_map(|one| registry.find(one).ok());
+        named.collect::<Vec<_>>()
+    };
+    let records = domains
+        .iter()
+        .map(|domain| (domain.reference(), List(domain_stats(domain, groups))));
+    Ok((List(records.collect()),))
+}
+
+fn domain_stats(domain: &Managed, groups: u32) -> Vec<TypedParam> {
+    let (numbers, pid, machine, snapshots) = {
+        let state = domain.lock();
+        let machine = state.current().map(|config| {
+            let machine = &config.machine;
+            (
+                machine.memory.size().kib(),
+                u32::from(machine.vcpus.count()),
+            )
+        });
+        let pid = state.live.as_ref().map(|live| live.pid);
+        (
+            state.run_state().numbers(),
+            pid,
+            machine,
+            state.snapshots.count(),
+        )
+    };
+    let (kib, vcpus) = machine.unwrap_or_default();
+    let mut params = Vec::new();
+    let mut add = |param| params.push(param);
+    if groups & STATS_STATE != 0 {
+        add(TypedParam::new("state.state", TypedValue::Int(numbers.0)));
+        add(TypedParam::new("state.reason", TypedValue::Int(numbers.1)));
+        let count = u64::try_from(snapshots).unwrap_or(u64::MAX);
+        add(TypedParam::ulong("livepoint.checkpoints", count));
+    }
+    if let (true, Some(pid)) = (groups & STATS_CPU_TOTAL != 0, pid) {
+        let (user, system, _) = read_stat(&format!("/proc/{pid}/stat")).unwrap_or_default();
+        add(TypedParam::ulong("cpu.time", user + system));
+        add(TypedParam::ulong("cpu.user", user));
+        add(TypedParam::ulong("cpu.system", system));
+    }
+    if groups & STATS_BALLOON != 0 {
+        if let Some(pid) = pid {
+            add(TypedParam::ulong("balloon.current", kib));
+            add(TypedParam::ulong("balloon.maximum", kib));
+            add(TypedParam::ulong("balloon.rss", rss_kib(pid)));
+        } else {
+            add(TypedParam::ulong("balloon.maximum", kib));
+        }
+    }
+    if groups & STATS_VCPU != 0 {
+        add(TypedParam::new("vcpu.current", TypedValue::UInt(vcpus)));
+        add(TypedParam::new("vcpu.maximum", TypedValue::UInt(vcpus)));
+        for (vcpu, thread) in pid.map(vcpu_times_ns).unwrap_or_default() {
+            add(TypedParam::new(
+                format!("vcpu.{vcpu}.state"),
+                TypedValue::Int(1),
+            ));
+            add(TypedParam::ulong(
+                format!("vcpu.{vcpu}.time"),
+                thread.time_ns,
+            ));
+        }
+    }
+    if groups & STATS_INTERFACE != 0 {
+        add(TypedParam::new("net.count", TypedValue::UInt(0)));
+    }
+    if groups & STATS_BLOCK != 0 {
+        add(TypedParam::new("block.count", TypedValue::UInt(0)));
+    }
+    params
+}

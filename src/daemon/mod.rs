@@ -1,0 +1,112 @@
+//! livepointd: domains that outlive whoever started them, for stock libvirt clients.
+//!
+//! The daemon owns definitions, snapshots and the list of domains (`livepoint`, `managed`); each
+//! running domain is a worker process of its own, which is what `livepoint run` is, and the daemon
+//! is its client (`worker`). It can end at any moment: workers go on, and the next daemon finds
+//! them by their control sockets. `driver` says what each procedure of libvirt's protocol does.
+
+mod adopt;
+mod args;
+mod definitions;
+mod driver;
+mod error;
+mod job;
+mod livepoint;
+mod managed;
+mod paths;
+mod registry;
+mod snapshots;
+mod sockets;
+mod state;
+mod supervise;
+mod systemd;
+mod texts;
+mod worker;
+mod xml;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Parser as _;
+
+use crate::host::TerminationSignals;
+use crate::rpc::{Clients, serve};
+use args::Arguments;
+pub use driver::coverage;
+use livepoint::Livepoint;
+use worker::Launcher;
+
+/// How often the daemon looks whether it has been of no use for long enough to end.
+const IDLE_POLL: Duration = Duration::from_millis(200);
+
+/// Parses the process's arguments, serves clients, and returns the exit status.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    env_logger::Builder::new()
+        .filter_level(arguments.log_level())
+        .parse_env("LIVEPOINT_LOG")
+        .format_timestamp_micros()
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("livepointd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let signals = TerminationSignals::block().context("could not block signals")?;
+    let (ended, end) = crossbeam_channel::bounded(1);
+    signals.on_signal(move || {
+        // Full: it has been told already.
+        let _ = ended.try_send(());
+    })?;
+    let paths = arguments.paths()?;
+    paths.prepare()?;
+    let _lock = sockets::only_daemon(&paths)?;
+    let launcher = Launcher {
+        program: arguments.worker()?,
+        paths: paths.clone(),
+        in_scopes: systemd::is_our_manager(),
+    };
+    let clients = Arc::new(Clients::default());
+    let driver = Livepoint::new(paths, launcher, clients.clone())?;
+    driver.resolve_pending();
+    driver.watch_workers()?;
+    let sockets = sockets::listen(arguments)?;
+    for (listener, read_only) in sockets.listeners {
+        serve(listener, read_only, &clients, &driver).context("could not serve a socket")?;
+    }
+    systemd::notify("READY=1");
+    driver.autostart();
+    wait_for_end(arguments.timeout(), &end, &driver);
+    systemd::notify("STOPPING=1");
+    // Workers go on; the sockets' files go with the daemon.
+    drop(sockets.files);
+    Ok(())
+}
+
+/// Waits for a signal, or until nobody needed the daemon for `timeout`.
+fn wait_for_end(
+    timeout: Option<Duration>,
+    end: &crossbeam_channel::Receiver<()>,
+    driver: &Arc<Livepoint>,
+) {
+    let mut idle_since = Instant::now();
+    while end.recv_timeout(IDLE_POLL).is_err() {
+        if !driver.is_idle() {
+            idle_since = Instant::now();
+        }
+        if timeout.is_some_and(|timeout| idle_since.elapsed() >= timeout) {
+            log::info!("nobody is there: the daemon ends");
+            return;
+        }
+        // A channel without a sender would make this loop spin.
+        thread::yield_now();
+    }
+}

@@ -1,0 +1,132 @@
+//! What happens to a running domain, for whoever watches it from another process.
+
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use serde::{Deserialize, Serialize};
+
+use crate::host::MachineState;
+use crate::machine::{self, MachineEvent, ShutoffReason};
+
+/// A change of a domain's machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum DomainEvent {
+    /// What it is doing now: the first one that is told.
+    Now {
+        /// The state.
+        state: MachineState,
+    },
+    /// Its vCPUs were started.
+    Started,
+    /// It was started, and waits for a resume.
+    StartedPaused,
+    /// Its user paused it.
+    Paused,
+    /// Its user resumed it.
+    Resumed,
+    /// It starts over.
+    Reset,
+    /// It has ended: the last one.
+    Ended(FinalState),
+}
+
+/// How a machine has ended: what the worker leaves behind for a daemon that was not there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FinalState {
+    /// In which way.
+    pub ending: Ending,
+    /// In words.
+    pub why: String,
+}
+
+/// A way for a machine to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Ending {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest reset itself, and the machine ends on that.
+    Reset,
+    /// Its user ended it.
+    Destroyed,
+    /// The guest crashed.
+    Crashed,
+    /// The machine itself could not go on.
+    Failed,
+}
+
+impl FinalState {
+    /// Returns how a machine in `state` has ended, if it has.
+    pub(super) fn of(state: &machine::MachineState) -> Option<Self> {
+        match state {
+            machine::MachineState::Shutoff { reason } => Some(reason.into()),
+            machine::MachineState::Crashed { reason } => Some(Self::crashed(reason)),
+            _ => None,
+        }
+    }
+
+    fn crashed(why: &str) -> Self {
+        Self {
+            ending: Ending::Crashed,
+            why: why.to_owned(),
+        }
+    }
+}
+
+impl From<&ShutoffReason> for FinalState {
+    fn from(reason: &ShutoffReason) -> Self {
+        let ending = match reason {
+            ShutoffReason::PoweredOff => Ending::PoweredOff,
+            ShutoffReason::Reset => Ending::Reset,
+            ShutoffReason::Destroyed => Ending::Destroyed,
+            ShutoffReason::Crashed(_) => Ending::Crashed,
+            ShutoffReason::Failed(_) => Ending::Failed,
+        };
+        Self {
+            ending,
+            why: reason.to_string(),
+        }
+    }
+}
+
+impl From<MachineEvent> for DomainEvent {
+    fn from(event: MachineEvent) -> Self {
+        match event {
+            MachineEvent::Started => Self::Started,
+            MachineEvent::StartedPaused => Self::StartedPaused,
+            MachineEvent::Paused => Self::Paused,
+            MachineEvent::Resumed => Self::Resumed,
+            MachineEvent::Reset => Self::Reset,
+            MachineEvent::Shutoff(reason) => Self::Ended((&reason).into()),
+            MachineEvent::Crashed(why) => Self::Ended(FinalState::crashed(&why)),
+        }
+    }
+}
+
+/// The events of a domain from some moment on.
+#[derive(Debug)]
+pub struct DomainEvents {
+    receiver: Receiver<MachineEvent>,
+}
+
+impl DomainEvents {
+    pub(super) fn new(receiver: Receiver<MachineEvent>) -> Self {
+        Self { receiver }
+    }
+
+    /// Waits for the next event, but no longer than `timeout`. `None`: there is none yet.
+    pub fn next(&self, timeout: Duration) -> Option<DomainEvent> {
+        match self.receiver.recv_timeout(timeout) {
+            Ok(event) => Some(event.into()),
+            Err(RecvTimeoutError::Timeout) => None,
+            // A machine that is gone without a word was taken apart, as by a restart.
+            Err(RecvTimeoutError::Disconnected) => Some(DomainEvent::Ended(FinalState {
+                ending: Ending::Failed,
+                why: "the machine is gone".to_owned(),
+            })),
+        }
+    }
+}
