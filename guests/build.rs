@@ -34,6 +34,8 @@ const READ_BY_ALL: &[&str] = &[
     "npb/elementary.h",
     "npb/npb.h",
     "pagewriter/pagewriter.h",
+    "virtio/guest.h",
+    "virtio/virtio.h",
 ];
 
 const PROGRAMS: &[Program] = &[
@@ -65,6 +67,16 @@ const PROGRAMS: &[Program] = &[
         ],
         // Vectors of 64 bytes are passed between inlined functions only.
         flags: &["-Wno-psabi"],
+    },
+    Program {
+        name: "virtio",
+        sources: &[
+            "virtio/main.c",
+            "virtio/blk.c",
+            "virtio/pci.c",
+            "virtio/queue.c",
+        ],
+        flags: &[],
     },
 ];
 

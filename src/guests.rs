@@ -31,6 +31,11 @@ pub const ALL: &[BuiltinGuest] = &[
         about: "writes memory at full speed, and measures its own outages",
         elf: include_bytes!(concat!(env!("OUT_DIR"), "/pagewriter.elf")),
     },
+    BuiltinGuest {
+        name: "virtio",
+        about: "writes checksummed records to a virtio disk, and checks that they are there",
+        elf: include_bytes!(concat!(env!("OUT_DIR"), "/virtio.elf")),
+    },
 ];
 
 /// Returns the guest of that name, if there is one.

@@ -38,12 +38,12 @@ void cpu_init(void);
 /* apic.c */
 #define LAPIC_SPURIOUS 0xf0
 #define LAPIC_ENABLED 0x100
-bool lapic_is_x2apic(void);
 
 /* serial.c */
 void serial_init(void);
 
 #define LAPIC_BASE 0xfee00000ull
 #define IOAPIC_BASE 0xfec00000ull
+#define PCI_WINDOW 0xc0000000ull
 
 #endif

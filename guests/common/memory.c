@@ -92,6 +92,9 @@ static void map_everything(void)
 		map_ram(boot_info.ram[i].start, boot_info.ram[i].end);
 	*directory_entry(IOAPIC_BASE) = IOAPIC_BASE | PTE_DEVICE;
 	*directory_entry(LAPIC_BASE) = LAPIC_BASE | PTE_DEVICE;
+	/* Where livepoint puts the BARs; other machines may have RAM there. */
+	if (*directory_entry(PCI_WINDOW) == 0)
+		*directory_entry(PCI_WINDOW) = PCI_WINDOW | PTE_DEVICE;
 }
 
 void memory_init(void)

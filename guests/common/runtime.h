@@ -107,6 +107,11 @@ static inline void out16(uint16_t port, uint16_t value)
 	__asm__ volatile("outw %0, %1" ::"a"(value), "Nd"(port) : "memory");
 }
 
+static inline void out32(uint16_t port, uint32_t value)
+{
+	__asm__ volatile("outl %0, %1" ::"a"(value), "Nd"(port) : "memory");
+}
+
 static inline uint8_t in8(uint16_t port)
 {
 	uint8_t value;
@@ -120,6 +125,14 @@ static inline uint16_t in16(uint16_t port)
 	uint16_t value;
 
 	__asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+	return value;
+}
+
+static inline uint32_t in32(uint16_t port)
+{
+	uint32_t value;
+
+	__asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory");
 	return value;
 }
 
@@ -159,6 +172,7 @@ void end_of_irq(void);
 /* Local APIC registers by their xAPIC offset, in either mode. */
 uint32_t lapic_read(uint32_t offset);
 void lapic_write(uint32_t offset, uint32_t value);
+bool lapic_is_x2apic(void);
 
 /* Starts CPUs 1..count-1, each in run(cpu) at CPL3. Fails the guest if one
    does not come. APIC ids are taken to be 0..count-1. */

@@ -1,6 +1,7 @@
-//! Devices. Each kind is a field of [`Devices`]; so far there is one.
+//! Devices: [`Devices`] has a field for each bus that they are on.
 
 use super::error::ValueError;
+use super::pci::PciDevices;
 use super::values::HostPath;
 
 /// Most serial ports. COM3 and COM4 share edge-triggered interrupt lines with
@@ -14,6 +15,8 @@ pub const ALIAS_BYTES_MAX: usize = 64;
 pub struct Devices {
     /// Serial ports; port 0 is also the console.
     pub serial: SerialPorts,
+    /// Devices on PCI.
+    pub pci: PciDevices,
 }
 
 /// A name that the user gave to a device.

@@ -9,7 +9,7 @@ use super::document::Element;
 use super::memory::MemorySource;
 use super::rules::{is_honoured, rank};
 use super::values::{BuiltinName, HostPath, KernelSource};
-use super::{DomainConfig, MachineConfig};
+use super::{DomainConfig, MachineConfig, format_pci};
 
 /// What only a running machine can tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl<'a> XmlView<'a> {
 }
 
 impl Element {
-    fn with(mut self, name: &str, value: impl Display + Copy) -> Self {
+    pub(super) fn with(mut self, name: &str, value: impl Display + Copy) -> Self {
         self.attributes.push((name.to_owned(), value.to_string()));
         self
     }
@@ -49,11 +49,11 @@ impl Element {
         self
     }
 
-    fn push(&mut self, child: Element) {
+    pub(super) fn push(&mut self, child: Element) {
         self.children.push(child);
     }
 
-    fn push_text(&mut self, name: &str, text: impl Display + Copy) {
+    pub(super) fn push_text(&mut self, name: &str, text: impl Display + Copy) {
         self.push(Element::new(name).with_text(text));
     }
 
@@ -280,6 +280,7 @@ fn clock(machine: &MachineConfig) -> Element {
 
 fn devices(machine: &MachineConfig, view: XmlView<'_>) -> Element {
     let mut devices = Element::new("devices");
+    format_pci::devices(&mut devices, &machine.devices.pci, view.live().is_some());
     let pty = |index: usize| view.live()?.ptys.get(index)?.as_ref();
     for (index, port) in machine.devices.serial.iter() {
         let serial = character_device("serial", port, pty(index));

@@ -18,16 +18,21 @@ mod clock;
 mod cpu;
 mod cpu_features;
 mod device;
+mod disk;
 mod document;
 mod error;
 mod format;
+mod format_pci;
 mod memory;
 mod metadata;
 mod parse;
 mod parse_devices;
+mod parse_pci;
+mod pci;
 mod rules;
 mod table;
 mod table_devices;
+mod table_pci;
 #[cfg(test)]
 mod tests;
 mod values;
@@ -42,6 +47,9 @@ pub use cpu_features::{CpuFeature, CpuidRegister};
 pub use device::{
     ALIAS_BYTES_MAX, Devices, SERIAL_PORTS_MAX, SerialBackend, SerialPort, SerialPorts, UserAlias,
 };
+pub use disk::{
+    Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget, SERIAL_BYTES_MAX, TARGET_BYTES_MAX,
+};
 pub use document::{
     ATTRIBUTES_MAX, DEPTH_MAX, DOCUMENT_BYTES_MAX, ELEMENTS_MAX, NAMESPACES_MAX, TEXT_BYTES_MAX,
 };
@@ -52,6 +60,7 @@ pub use memory::{
     MemorySize, MemorySource,
 };
 pub use metadata::Metadata;
+pub use pci::{PCI_SLOT_MAX, PciDevice, PciDeviceKind, PciDevices, PciSlot};
 pub use rules::{Disposition, Rule, reference, rules};
 pub use values::{
     BUILTIN_BYTES_MAX, BootConfig, BuiltinName, CMDLINE_BYTES_MAX, Description, DomainName,

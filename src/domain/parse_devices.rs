@@ -4,6 +4,7 @@ use super::device::{Devices, SERIAL_ADDRESSES, SerialBackend, SerialPort, Serial
 use super::document::{Element, is_space};
 use super::error::{DomainError, ValueError};
 use super::parse::number;
+use super::parse_pci::pci_devices;
 use super::values::HostPath;
 
 /// Reads the devices of a domain; it may have none.
@@ -11,9 +12,9 @@ pub(super) fn devices(root: &Element) -> Result<Devices, DomainError> {
     let Some(devices) = root.child("devices") else {
         return Ok(Devices::default());
     };
-    Ok(Devices {
-        serial: serial_ports(devices)?,
-    })
+    let serial = serial_ports(devices)?;
+    let pci = pci_devices(devices, &serial)?;
+    Ok(Devices { serial, pci })
 }
 
 fn serial_ports(devices: &Element) -> Result<SerialPorts, DomainError> {
@@ -96,7 +97,7 @@ fn same_endpoint(port: &SerialBackend, console: &SerialBackend) -> bool {
     }
 }
 
-fn user_alias(device: &Element) -> Result<Option<UserAlias>, DomainError> {
+pub(super) fn user_alias(device: &Element) -> Result<Option<UserAlias>, DomainError> {
     let Some(alias) = device.child("alias") else {
         return Ok(None);
     };
@@ -171,7 +172,7 @@ fn check_address(device: &Element, index: usize) -> Result<(), DomainError> {
 }
 
 /// Reads a number that may be hexadecimal, as addresses are.
-fn unsigned(text: &str) -> Option<u64> {
+pub(super) fn unsigned(text: &str) -> Option<u64> {
     let text = text.trim_matches(is_space);
     let (digits, radix) = match text.strip_prefix("0x") {
         Some(digits) => (digits, 16),

@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use super::document::Element;
 use super::error::{DomainError, Note, Quote};
-use super::{table, table_devices};
+use super::{table, table_devices, table_pci};
 
 /// What becomes of an element or attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +152,13 @@ impl Rule {
 
 /// Returns the table, in the order of the reference.
 pub fn rules() -> impl Iterator<Item = &'static Rule> {
-    let tables = [table::DOMAIN, table_devices::DEVICES, table::SECURITY];
+    let tables = [
+        table::DOMAIN,
+        table_devices::DEVICES,
+        table_pci::PCI,
+        table_devices::REST,
+        table::SECURITY,
+    ];
     tables.into_iter().flatten()
 }
 

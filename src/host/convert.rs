@@ -7,9 +7,9 @@ use crate::domain::{
 use crate::host::{BuiltinKernel, HostError};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::spec::{
-    BackingSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, EndAction, FeaturePolicy,
-    FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, SerialBackend, SerialSpec, Source,
-    TopologySpec,
+    BackingSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec, EndAction,
+    FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, PciDevice, PciDeviceSpec,
+    SerialBackend, SerialSpec, Source, TopologySpec,
 };
 
 /// Mode of a console's pty: its owner reads and writes, as virsh console does.
@@ -37,6 +37,15 @@ pub(super) fn machine_spec(
         .map(|(port, serial)| SerialSpec {
             port: u32::try_from(port).expect("a machine has at most four serial ports"),
             backend: backend(&serial.backend),
+        })
+        .collect();
+    spec.pci = machine
+        .devices
+        .pci
+        .iter()
+        .map(|(slot, device)| PciDeviceSpec {
+            slot: slot.number(),
+            device: pci_device(device),
         })
         .collect();
     spec.clock = ClockSpec {
@@ -310,6 +319,32 @@ fn backend(backend: &domain::SerialBackend) -> SerialBackend {
             path: socket,
             listen: false,
         } => SerialBackend::UnixConnect { path: path(socket) },
+    }
+}
+
+fn pci_device(device: &domain::PciDevice) -> PciDevice {
+    match &device.kind {
+        domain::PciDeviceKind::Disk(disk) => PciDevice::Disk(DiskSpec {
+            name: disk.target.as_str().to_owned(),
+            path: disk.source.as_path().to_owned(),
+            read_only: disk.read_only,
+            serial: disk
+                .serial
+                .as_ref()
+                .map_or_else(String::new, |serial| serial.as_str().to_owned()),
+            cache: disk.cache.map_or(DiskCache::default(), disk_cache),
+            discard: disk.discard.unwrap_or(false),
+        }),
+    }
+}
+
+fn disk_cache(cache: domain::DiskCache) -> DiskCache {
+    match cache {
+        domain::DiskCache::WriteBack => DiskCache::WriteBack,
+        domain::DiskCache::WriteThrough => DiskCache::WriteThrough,
+        domain::DiskCache::None => DiskCache::None,
+        domain::DiskCache::DirectSync => DiskCache::DirectSync,
+        domain::DiskCache::Unsafe => DiskCache::Unsafe,
     }
 }
 

@@ -10,6 +10,7 @@ use crate::checkpoint::CheckpointError;
 use crate::domain::DomainError;
 use crate::guest::GuestError;
 use crate::machine::MachineError;
+use crate::machine::virtio::blk::DiskError;
 use crate::restore::core::CoreError;
 use crate::restore::eager::FillError as RestoreError;
 use crate::store::StoreError;
@@ -252,10 +253,19 @@ fn machine_code(error: &MachineError) -> ErrorCode {
             ErrorCode::Invalid
         }
         MachineError::OtherMachine { .. } | MachineError::State(_) => ErrorCode::Corrupt,
-        MachineError::Serial { .. } => ErrorCode::Io,
+        MachineError::Disk { source, .. } => disk_code(source),
+        MachineError::Serial { .. } | MachineError::Device(_) => ErrorCode::Io,
         MachineError::KvmState(_) => ErrorCode::Incompatible,
         MachineError::WrongState(_) => ErrorCode::State,
         MachineError::Gate(_) | MachineError::Drain(_) => ErrorCode::Timeout,
+    }
+}
+
+fn disk_code(error: &DiskError) -> ErrorCode {
+    match error {
+        DiskError::InUse { .. } => ErrorCode::Busy,
+        DiskError::NoDisk { .. } => ErrorCode::Invalid,
+        DiskError::Io { source, .. } => io_code(source),
     }
 }
 

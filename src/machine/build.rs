@@ -16,9 +16,12 @@ use super::device::rtc::{self, Rtc};
 use super::device::serial::{self, SerialPort};
 use super::firmware::Firmware;
 use super::memory::GuestRam;
+use super::pci::{KvmPlatform, PciBus, PciFunction, PciWindow, layout};
 use super::shared::{Asked, Devices, Parts, PowerOn, Shared};
-use super::spec::MachineSpec;
+use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
 use super::vcpu::Vcpu;
+use super::virtio::blk::{Blk, Disk};
+use super::virtio::{Backend, VirtioPci};
 use super::{MachineError, acpi, boot, cpuid};
 use crate::kvmstate::{self, KvmDirtyLog, KvmStateError, MsrSet};
 use crate::state::board::{MachineV1, RamRangeV1};
@@ -60,8 +63,9 @@ pub(super) struct Base {
     vcpus: Vec<VcpuFd>,
     devices: Devices,
     ports: Bus,
+    mmio: Bus,
     vm: Arc<VmFd>,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     firmware: Firmware,
 }
 
@@ -80,6 +84,13 @@ fn check_spec(spec: &MachineSpec, kvm: &Kvm) -> Result<(), MachineError> {
         let twice = spec.serials[..at].iter().any(|other| other.port == number);
         if !exists || twice {
             return refuse(format!("serial port {number}: from 0 to 3, each once"));
+        }
+    }
+    for (at, device) in spec.pci.iter().enumerate() {
+        let slot = device.slot;
+        let twice = spec.pci[..at].iter().any(|other| other.slot == slot);
+        if !(1..layout::SLOTS).contains(&slot) || twice {
+            return refuse(format!("PCI slot {slot}: from 1 to 31, each once"));
         }
     }
     if let Some(number) = spec.kick_signal
@@ -126,7 +137,7 @@ impl Base {
         let kvm = open_kvm()?;
         check_spec(&spec, &kvm)?;
         let apic_ids = cpuid::apic_ids(&spec.cpu)?;
-        let ram = GuestRam::new(&spec.memory)?;
+        let ram = Arc::new(GuestRam::new(&spec.memory)?);
         let vm = kvm.create_vm().map_err(MachineError::kvm("create a VM"))?;
         for region in ram.regions() {
             let (gpa, mapping) = (region.start.gpa(), &region.mapping);
@@ -163,13 +174,14 @@ impl Base {
             .collect::<Result<_, _>>()
             .map_err(MachineError::kvm("create a vCPU"))?;
         let vm = Arc::new(vm);
-        let (devices, ports) = make_devices(&spec, &vm)?;
+        let (devices, ports, mmio) = make_devices(&spec, &vm, &ram)?;
         Ok(Self {
             spec,
             kvm,
             vcpus,
             devices,
             ports,
+            mmio,
             vm,
             ram,
             firmware,
@@ -213,9 +225,13 @@ impl Base {
         let vcpus: Vec<_> = shared.vcpus.iter().map(|vcpu| &vcpu.fd).collect();
         let policy = shared.spec.clock.after_restore;
         kvmstate::restore_taken(&shared.vm, &vcpus, &board, &saved, policy)?;
-        // After the interrupt controllers: devices raise their lines again. Paused, so that no
-        // input comes before the state, and then resumed, so that held work begins.
-        shared.devices.all().for_each(|device| device.pause());
+        // After the interrupt controllers: devices raise their lines again. Paused since they
+        // were made, so that no input comes before the state, and then resumed, so that held work
+        // begins. Disks and networks wait until the machine is started: requests that were in the
+        // queues when it was saved are carried out then, and not for a machine that is only
+        // looked at.
+        shared.devices.hold()?;
+        shared.lock_changing().devices = true;
         let restored = shared
             .devices
             .all()
@@ -278,6 +294,7 @@ impl Base {
             vcpus,
             vm: self.vm,
             ports: self.ports,
+            mmio: self.mmio,
             devices: self.devices,
             ram: self.ram,
             firmware: self.firmware,
@@ -298,7 +315,12 @@ fn tell_of_restore(shared: &Shared) {
     shared.excuse_pause();
 }
 
-fn make_devices(spec: &MachineSpec, vm: &Arc<VmFd>) -> Result<(Devices, Bus), MachineError> {
+/// Makes the devices, and the buses that lead to them: ports and memory.
+fn make_devices(
+    spec: &MachineSpec,
+    vm: &Arc<VmFd>,
+    ram: &Arc<GuestRam>,
+) -> Result<(Devices, Bus, Bus), MachineError> {
     let mut ports = Bus::default();
     let mut serials = Vec::new();
     for serial_spec in &spec.serials {
@@ -327,16 +349,57 @@ fn make_devices(spec: &MachineSpec, vm: &Arc<VmFd>) -> Result<(Devices, Bus), Ma
         }),
     ));
     ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
+    let virtio = make_virtio(spec, vm, ram)?;
+    let functions = virtio.iter().map(|device| {
+        let function: Arc<dyn PciFunction> = device.clone();
+        (device.slot(), function)
+    });
+    let pci = Arc::new(PciBus::new(functions));
+    ports.insert(layout::CONFIG_PORT, layout::CONFIG_PORTS, pci.clone());
+    let mut mmio = Bus::default();
+    let window = Arc::new(PciWindow(pci.clone()));
+    mmio.insert(
+        layout::MMIO_START,
+        layout::MMIO_END - layout::MMIO_START,
+        window,
+    );
     let devices = Devices {
         serials,
         pm: power,
         rtc: clock,
+        pci,
+        virtio,
     };
-    Ok((devices, ports))
+    Ok((devices, ports, mmio))
+}
+
+fn make_virtio(
+    spec: &MachineSpec,
+    vm: &Arc<VmFd>,
+    ram: &Arc<GuestRam>,
+) -> Result<Vec<Arc<VirtioPci>>, MachineError> {
+    let platform = Arc::new(KvmPlatform::new(vm.clone()));
+    let mut devices = Vec::new();
+    for PciDeviceSpec { slot, device } in &spec.pci {
+        let (name, backend): (_, Arc<dyn Backend>) = match device {
+            PciDevice::Disk(disk) => {
+                let name = disk.name.clone();
+                let opened = Disk::open(disk).map_err(|source| {
+                    let name = name.clone();
+                    MachineError::Disk { name, source }
+                })?;
+                (name, Arc::new(Blk::new(Arc::new(opened))))
+            }
+        };
+        let thread = format!("{}-{name}", backend.kind().name);
+        let made = VirtioPci::new(*slot, &thread, backend, ram.clone(), platform.clone())?;
+        devices.push(made);
+    }
+    Ok(devices)
 }
 
 /// Returns what a machine of this spec consists of.
-pub(super) fn layout(spec: &MachineSpec) -> MachineV1 {
+pub(super) fn machine_layout(spec: &MachineSpec) -> MachineV1 {
     MachineV1 {
         ram: super::memory::layout(spec.memory.bytes)
             .into_iter()
@@ -348,7 +411,7 @@ pub(super) fn layout(spec: &MachineSpec) -> MachineV1 {
 }
 
 fn check_layout(saved: &MachineV1, spec: &MachineSpec) -> Result<(), MachineError> {
-    let ours = layout(spec);
+    let ours = machine_layout(spec);
     let other = |what: String| Err(MachineError::OtherMachine { what });
     if saved.vcpu_count != ours.vcpu_count {
         return other(format!(

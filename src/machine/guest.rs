@@ -83,8 +83,8 @@ impl Shared {
                 source: Box::new(error),
             })?;
         self.keep_paused_clock(&mut sections);
-        sections.extend(self.devices.all().map(|device| device.save()));
-        sections.push(StateSection::encode(0, &build::layout(&self.spec)));
+        sections.extend(self.devices.all().flat_map(|device| device.save()));
+        sections.push(StateSection::encode(0, &build::machine_layout(&self.spec)));
         Ok(sections)
     }
 

@@ -5,7 +5,8 @@
 //! [`Guest`](crate::guest::Guest) for the checkpoint engine.
 //!
 //! Threads: one for each vCPU (`lvp-vcpu-0`), one for each serial port that waits for something
-//! (`lvp-serial-0`), and a supervisor that carries out what the guest asks for. All of them end
+//! (`lvp-serial-0`), one for each
+//! virtio device (`lvp-blk-vda`), and a supervisor that carries out what the guest asks for. All of them end
 //! with the machine, have every signal blocked, and install no handler.
 
 pub mod acpi;
@@ -24,6 +25,7 @@ mod shared;
 mod smbios;
 pub mod spec;
 mod vcpu;
+pub mod virtio;
 
 use std::error::Error;
 use std::io;
@@ -45,6 +47,8 @@ use device::{BackendError, DrainTimeout};
 use memory::MemoryError;
 use shared::{Asked, Shared};
 use spec::MachineSpec;
+use virtio::DeviceError;
+use virtio::blk::DiskError;
 
 pub use build::open_kvm;
 pub use lifecycle::{MachineEvent, MachineState, ShutoffReason, WrongState};
@@ -113,6 +117,18 @@ pub enum MachineError {
         #[source]
         source: BackendError,
     },
+    /// A disk could not be opened.
+    #[error("disk {name}")]
+    Disk {
+        /// Its name in the guest.
+        name: String,
+        /// Why.
+        #[source]
+        source: DiskError,
+    },
+    /// A device could not be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A state could not be read or set.
     #[error(transparent)]
     KvmState(#[from] KvmStateError),
@@ -212,6 +228,8 @@ impl Machine {
             })?;
         if paused {
             self.hold_for_user(&mut holds)?;
+        } else if std::mem::take(&mut holds.devices) {
+            shared.devices.release();
         }
         shared.lifecycle.apply(&event)?;
         drop(holds);
@@ -251,15 +269,27 @@ impl Machine {
 
     fn hold_for_user(&self, holds: &mut shared::Holds) -> Result<(), MachineError> {
         self.shared.close_gate()?;
-        match kvmstate::save_clock(&self.shared.vm) {
+        let held = if holds.devices {
+            Ok(())
+        } else {
+            self.shared.devices.hold()
+        };
+        holds.devices = held.is_ok();
+        let clock = held
+            .map_err(MachineError::from)
+            .and_then(|()| Ok(kvmstate::save_clock(&self.shared.vm)?));
+        match clock {
             Ok(clock) => {
                 *self.shared.lock_paused_clock() = Some(clock.guest_ns);
                 holds.user = true;
                 Ok(())
             }
             Err(error) => {
+                if std::mem::take(&mut holds.devices) {
+                    self.shared.devices.release();
+                }
                 self.shared.gate.open();
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -285,6 +315,9 @@ impl Machine {
         self.shared.excuse_pause();
         self.shared.lifecycle.apply(&MachineEvent::Resumed)?;
         holds.user = false;
+        if std::mem::take(&mut holds.devices) {
+            self.shared.devices.release();
+        }
         self.shared.gate.open();
         Ok(())
     }

@@ -10,16 +10,18 @@ use kvm_ioctls::VmFd;
 
 use super::boot;
 use super::bus::Bus;
-use super::device::Device;
 use super::device::pm::PowerManagement;
 use super::device::rtc::Rtc;
 use super::device::serial::SerialPort;
+use super::device::{Device, DrainTimeout};
 use super::exclusion::Exclusion;
 use super::firmware::Firmware;
 use super::lifecycle::{Lifecycle, MachineEvent, ShutoffReason, WrongState};
 use super::memory::GuestRam;
+use super::pci::PciBus;
 use super::spec::{BootSpec, EndAction, MachineSpec};
 use super::vcpu::Vcpu;
+use super::virtio::VirtioPci;
 use super::{MachineError, describe_chain};
 use crate::guest::{GateTimeout, VcpuGate};
 use crate::kvmstate::{self, Board, KvmDirtyLog, MsrSet, VcpuRestore};
@@ -64,13 +66,15 @@ pub(super) struct PowerOn {
     pub board: Board,
 }
 
-/// Holds of the gate that outlive the call that made them, other than the engine's.
+/// Holds of the gate and of devices that outlive the call that made them, other than the engine's.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
     /// The user has paused the machine.
     pub user: bool,
     /// The machine has crashed, and is kept.
     pub kept: bool,
+    /// The devices on PCI are held: for the user, or because a restored machine has not started.
+    pub devices: bool,
 }
 
 /// What the machine's threads share.
@@ -84,7 +88,7 @@ pub(super) struct Shared {
     pub ports: Bus,
     pub mmio: Bus,
     pub devices: Devices,
-    pub ram: GuestRam,
+    pub ram: Arc<GuestRam>,
     pub firmware: Firmware,
     pub gate: VcpuGate,
     pub lifecycle: Lifecycle,
@@ -112,18 +116,40 @@ pub(super) struct Devices {
     pub serials: Vec<Arc<SerialPort>>,
     pub pm: Arc<PowerManagement>,
     pub rtc: Arc<Rtc>,
+    pub pci: Arc<PciBus>,
+    pub virtio: Vec<Arc<VirtioPci>>,
 }
 
 impl Devices {
     /// Returns all of them, in the order in which they are restored.
     pub(super) fn all(&self) -> impl Iterator<Item = &dyn Device> {
         let serials = self.serials.iter().map(|port| &**port as &dyn Device);
-        let board: [&dyn Device; 2] = [&*self.pm, &*self.rtc];
-        serials.chain(board)
+        let board: [&dyn Device; 3] = [&*self.pm, &*self.rtc, &*self.pci];
+        serials.chain(board).chain(self.on_pci())
+    }
+
+    fn on_pci(&self) -> impl Iterator<Item = &dyn Device> {
+        self.virtio.iter().map(|device| &**device as &dyn Device)
+    }
+
+    /// Keeps the devices on PCI from disks and networks until [`Devices::release`], whatever else
+    /// pauses and resumes them.
+    pub(super) fn hold(&self) -> Result<(), DrainTimeout> {
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        self.on_pci().for_each(|device| device.pause());
+        let drained = self.on_pci().try_for_each(|device| device.drain(deadline));
+        if drained.is_err() {
+            self.release();
+        }
+        drained
+    }
+
+    pub(super) fn release(&self) {
+        self.on_pci().for_each(|device| device.resume());
     }
 
     /// Pauses and drains all; on an error they run again.
-    pub(super) fn quiesce(&self) -> Result<(), super::device::DrainTimeout> {
+    pub(super) fn quiesce(&self) -> Result<(), DrainTimeout> {
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         self.all().for_each(|device| device.pause());
         let drained = self.all().try_for_each(|device| device.drain(deadline));
@@ -145,8 +171,9 @@ pub(super) struct Parts {
     pub dirty_log: KvmDirtyLog,
     pub vm: Arc<VmFd>,
     pub ports: Bus,
+    pub mmio: Bus,
     pub devices: Devices,
-    pub ram: GuestRam,
+    pub ram: Arc<GuestRam>,
     pub firmware: Firmware,
     pub msrs: MsrSet,
     pub facts: HostFacts,
@@ -167,7 +194,7 @@ impl Shared {
             dirty_log: parts.dirty_log,
             vm: parts.vm,
             ports: parts.ports,
-            mmio: Bus::default(),
+            mmio: parts.mmio,
             devices: parts.devices,
             ram: parts.ram,
             firmware: parts.firmware,

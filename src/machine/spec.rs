@@ -27,6 +27,8 @@ pub struct MachineSpec {
     pub boot: Option<BootSpec>,
     /// Serial ports, each at most once.
     pub serials: Vec<SerialSpec>,
+    /// Devices on PCI, each in a slot of its own.
+    pub pci: Vec<PciDeviceSpec>,
     /// The guest's clocks.
     pub clock: ClockSpec,
     /// What happens when the guest ends or resets itself.
@@ -56,6 +58,7 @@ impl MachineSpec {
             },
             boot,
             serials: Vec::new(),
+            pci: Vec::new(),
             clock: ClockSpec::default(),
             lifecycle: LifecycleSpec::default(),
             kick_signal: None,
@@ -243,6 +246,55 @@ pub enum SerialBackend {
     },
     /// A connected stream socket that the program has.
     Stream(Arc<OwnedFd>),
+}
+
+/// A device on PCI.
+#[derive(Clone, Debug)]
+pub struct PciDeviceSpec {
+    /// Its slot, from 1 on; slot 0 has the host bridge.
+    pub slot: u8,
+    /// What it is.
+    pub device: PciDevice,
+}
+
+/// What a device on PCI is.
+#[derive(Clone, Debug)]
+pub enum PciDevice {
+    /// A virtio disk.
+    Disk(DiskSpec),
+}
+
+/// A disk: a raw file or block device of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its name in the guest, as in `vda`; for messages and images.
+    pub name: String,
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+    /// Its serial number, at most 20 bytes; empty for none.
+    pub serial: String,
+    /// How it goes through the host's page cache.
+    pub cache: DiskCache,
+    /// Whether discards free room in the file.
+    pub discard: bool,
+}
+
+/// How a disk goes through the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskCache {
+    /// By the page cache; the guest's flushes make its writes last.
+    #[default]
+    WriteBack,
+    /// By the page cache; each write lasts when it is done.
+    WriteThrough,
+    /// Past the page cache; the guest's flushes make its writes last.
+    None,
+    /// Past the page cache; each write lasts when it is done.
+    DirectSync,
+    /// By the page cache; flushes do nothing.
+    Unsafe,
 }
 
 /// The guest's clocks.

@@ -7,6 +7,7 @@
 pub mod board;
 pub mod device;
 pub mod vcpu;
+pub mod virtio;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -3,6 +3,7 @@
 //! Everything here is safe to call; each file opts in to `unsafe` with its reason.
 
 pub mod anon;
+pub mod event;
 pub mod kvm;
 pub mod kvm_run;
 pub mod lock;
@@ -15,4 +16,5 @@ pub mod signal;
 pub mod termination;
 pub mod tsc;
 pub mod userfault;
+pub mod volatile_io;
 pub mod writeback;

@@ -7,6 +7,7 @@
 
 pub mod livepointd;
 pub mod pagewriter;
+pub mod records;
 pub mod rpc_client;
 mod sample;
 

@@ -63,6 +63,39 @@ prop_compose! {
     }
 }
 
+fn any_disk() -> impl Strategy<Value = Disk> {
+    let cache = prop::option::of(prop::sample::select(DiskCache::ALL.to_vec()));
+    let kind = prop::sample::select(vec![DiskSourceKind::File, DiskSourceKind::Block]);
+    let serial = prop::option::of("[A-Za-z0-9_.-]{1,20}");
+    let rest = (any::<bool>(), any::<Option<bool>>(), cache, kind, serial);
+    ("[a-z]{1,4}", any_path(), rest).prop_map(
+        |(letters, source, (read_only, discard, cache, source_kind, serial))| Disk {
+            read_only,
+            discard,
+            cache,
+            source_kind,
+            serial: serial.map(|serial| DiskSerial::new(&serial).unwrap()),
+            ..Disk::new(DiskTarget::new(&format!("vd{letters}")).unwrap(), source)
+        },
+    )
+}
+
+fn any_pci() -> impl Strategy<Value = PciDevices> {
+    let slot = prop::option::of(1..=PCI_SLOT_MAX);
+    prop::collection::vec((slot, any_disk(), any::<bool>()), 0..6).prop_map(|devices| {
+        let mut pci = PciDevices::default();
+        for (number, (slot, disk, alias)) in devices.into_iter().enumerate() {
+            let slot = slot.map(|slot| PciSlot::new(slot).unwrap());
+            let name = format!("ua-pci-{number}");
+            let alias = alias.then(|| UserAlias::new(&name).unwrap());
+            let kind = PciDeviceKind::Disk(disk);
+            // Devices that collide cannot be added; one is left then.
+            drop(pci.insert(slot, PciDevice { kind, alias }));
+        }
+        pci
+    })
+}
+
 fn any_boot() -> impl Strategy<Value = BootConfig> {
     let source = prop_oneof![
         (any_path(), prop::option::of(any_path()))
@@ -161,15 +194,19 @@ fn any_domain() -> impl Strategy<Value = DomainConfig> {
         any_boot(),
         any_clock(),
         any_serial(),
+        any_pci(),
     );
-    let machine = machine.prop_map(|(memory, vcpus, cpu, boot, clock, serial)| MachineConfig {
-        memory,
-        vcpus,
-        cpu,
-        boot,
-        clock,
-        devices: Devices { serial },
-    });
+    let machine =
+        machine.prop_map(
+            |(memory, vcpus, cpu, boot, clock, serial, pci)| MachineConfig {
+                memory,
+                vcpus,
+                cpu,
+                boot,
+                clock,
+                devices: Devices { serial, pci },
+            },
+        );
     let texts = (
         "[!-.0-~\u{a1}-\u{2fff}][ -.0-~]{0,30}",
         prop::option::of("[ -~]{0,30}[!-~]"),

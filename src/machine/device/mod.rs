@@ -43,8 +43,8 @@ pub trait Device: Quiesce + Send + Sync {
     /// Returns its name, as in `serial.0`.
     fn name(&self) -> String;
 
-    /// Returns its state. Called after [`Quiesce::drain`]; changes nothing.
-    fn save(&self) -> StateSection;
+    /// Returns its state, in sections of its own. Called after [`Quiesce::drain`]; changes nothing.
+    fn save(&self) -> Vec<StateSection>;
 
     /// Takes its state from `state`. Called while it is paused, after the interrupt controllers
     /// have theirs.

@@ -144,8 +144,8 @@ impl Device for PowerManagement {
         "pm.0".to_owned()
     }
 
-    fn save(&self) -> StateSection {
-        StateSection::encode(0, &*self.lock())
+    fn save(&self) -> Vec<StateSection> {
+        vec![StateSection::encode(0, &*self.lock())]
     }
 
     fn restore(&self, state: &mut StateSet) -> Result<(), StateError> {

@@ -392,7 +392,7 @@ impl Device for SerialPort {
         format!("serial.{}", self.number)
     }
 
-    fn save(&self) -> StateSection {
+    fn save(&self) -> Vec<StateSection> {
         let state = self.lock_uart().state();
         let saved = SerialV1 {
             divisor_low: state.baud_divisor_low,
@@ -406,7 +406,7 @@ impl Device for SerialPort {
             scratch: state.scratch,
             received: state.in_buffer,
         };
-        StateSection::encode(self.number, &saved)
+        vec![StateSection::encode(self.number, &saved)]
     }
 
     fn restore(&self, state: &mut StateSet) -> Result<(), StateError> {

@@ -349,7 +349,7 @@ impl Device for Rtc {
         "rtc.0".to_owned()
     }
 
-    fn save(&self) -> StateSection {
+    fn save(&self) -> Vec<StateSection> {
         let inner = self.shared.lock();
         let realtime_ns = host_ns();
         let state = RtcV1 {
@@ -358,7 +358,7 @@ impl Device for Rtc {
             clock_ns: realtime_ns.saturating_add(inner.offset_ns),
             realtime_ns,
         };
-        StateSection::encode(0, &state)
+        vec![StateSection::encode(0, &state)]
     }
 
     fn restore(&self, state: &mut StateSet) -> Result<(), StateError> {

@@ -87,7 +87,7 @@ fn the_time_that_a_guest_sets_runs_on_and_is_saved() {
     // 29 February 2028 is a Tuesday.
     assert_eq!((get(&rtc, DAY), get(&rtc, WEEKDAY)), (0x29, 3));
     let other = clock(12_345, ClockPolicy::Continue);
-    let mut state = StateSet::new(vec![rtc.save()]).unwrap();
+    let mut state = StateSet::new(rtc.save()).unwrap();
     other.restore(&mut state).unwrap();
     state.finish().unwrap();
     assert_eq!((get(&other, MONTH), get(&other, YEAR)), (0x02, 0x28));
@@ -202,7 +202,7 @@ fn an_alarm_goes_off_at_its_time_and_not_in_a_pause() {
     assert_eq!(raised.lock().unwrap().1, 0, "it is paused");
     rtc.resume();
     wait_for(&raised, 1);
-    let state = StateSet::new(vec![rtc.save()]);
+    let state = StateSet::new(rtc.save());
     let (other, raised) = counted();
     other.restore(&mut state.unwrap()).unwrap();
     assert_eq!(

@@ -1,0 +1,130 @@
+//! Interprets the devices that are on PCI.
+
+use super::device::SerialPorts;
+use super::disk::{Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget};
+use super::document::Element;
+use super::error::{DomainError, ValueError};
+use super::parse::TEXT;
+use super::parse_devices::{unsigned, user_alias};
+use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
+use super::values::HostPath;
+
+/// Reads the devices on PCI; `serial` has names that they may not have.
+pub(super) fn pci_devices(
+    devices: &Element,
+    serial: &SerialPorts,
+) -> Result<PciDevices, DomainError> {
+    let mut on_pci = PciDevices::default();
+    let mut unplaced = Vec::new();
+    for element in &devices.children {
+        let kind = match element.name.as_str() {
+            "disk" => PciDeviceKind::Disk(disk(element)?),
+            _ => continue,
+        };
+        let alias = user_alias(element)?;
+        if let Some(alias) = &alias
+            && serial
+                .iter()
+                .any(|(_, port)| port.alias.as_ref() == Some(alias))
+        {
+            let error = ValueError::new(alias.as_str(), "unique among devices");
+            return Err(element.refuse("alias", error));
+        }
+        let device = PciDevice { kind, alias };
+        match slot(element)? {
+            Some(slot) => insert(&mut on_pci, element, Some(slot), device)?,
+            None => unplaced.push((element, device)),
+        }
+    }
+    // Those that say their slot go first, or an earlier one that does not could take it.
+    for (element, device) in unplaced {
+        insert(&mut on_pci, element, None, device)?;
+    }
+    Ok(on_pci)
+}
+
+fn insert(
+    on_pci: &mut PciDevices,
+    element: &Element,
+    slot: Option<PciSlot>,
+    device: PciDevice,
+) -> Result<(), DomainError> {
+    let inserted = on_pci.insert(slot, device);
+    inserted
+        .map(drop)
+        .map_err(|error| element.refuse("device", error))
+}
+
+/// Reads a device's address.
+fn slot(device: &Element) -> Result<Option<PciSlot>, DomainError> {
+    let Some(address) = device.child("address") else {
+        return Ok(None);
+    };
+    for what in ["domain", "bus", "function"] {
+        if let Some(text) = address.attribute(what)
+            && unsigned(text) != Some(0)
+        {
+            let expected = "0: there is one bus, and each device has a slot of its own";
+            return Err(address.invalid(what, text, expected));
+        }
+    }
+    let Some(text) = address.attribute("slot") else {
+        return Ok(None);
+    };
+    let number = unsigned(text).and_then(|number| u8::try_from(number).ok());
+    let Some(number) = number else {
+        return Err(address.invalid("slot", text, "a slot from 0x01 to 0x1f"));
+    };
+    let slot = PciSlot::new(number).map_err(|error| address.refuse("slot", error))?;
+    Ok(Some(slot))
+}
+
+fn missing(element: &Element, what: &'static str, hint: &'static str) -> DomainError {
+    DomainError::Missing {
+        place: element.place(),
+        what,
+        hint,
+    }
+}
+
+fn disk(element: &Element) -> Result<Disk, DomainError> {
+    let Some(target) = element.child("target") else {
+        return Err(missing(element, "<target>", ""));
+    };
+    let name = target.attribute("dev").unwrap_or_default();
+    let name = DiskTarget::new(name).map_err(|error| target.refuse("dev", error))?;
+    let (source_kind, source) = disk_source(element)?;
+    let driver = element.child("driver");
+    let attribute = |what| driver.and_then(|driver| driver.attribute(what));
+    let serial = element.child("serial").filter(|it| !it.text.is_empty());
+    let serial = serial
+        .map(|element| DiskSerial::new(&element.text).map_err(|error| element.refuse(TEXT, error)));
+    Ok(Disk {
+        source_kind,
+        read_only: element.child("readonly").is_some(),
+        serial: serial.transpose()?,
+        // `default` is what it is without.
+        cache: attribute("cache").and_then(DiskCache::from_name),
+        discard: attribute("discard").map(|discard| discard == "unmap"),
+        ..Disk::new(name, source)
+    })
+}
+
+fn disk_source(element: &Element) -> Result<(DiskSourceKind, HostPath), DomainError> {
+    let (kind, what, other) = match element.attribute("type") {
+        Some("block") => (DiskSourceKind::Block, "dev", "file"),
+        _ => (DiskSourceKind::File, "file", "dev"),
+    };
+    let Some(source) = element.child("source") else {
+        return Err(missing(element, "<source>", ""));
+    };
+    if source.attribute(other).is_some() {
+        let reason = format!("a disk of this type has no attribute {other}, but {what}");
+        return Err(source.conflict(reason));
+    }
+    let Some(path) = source.attribute(what) else {
+        return Err(missing(source, what, ""));
+    };
+    let path = HostPath::new(path).map_err(|error| source.refuse(what, error))?;
+    Ok((kind, path))
+}

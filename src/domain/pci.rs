@@ -1,0 +1,144 @@
+//! Devices on PCI, each in a slot of the one bus.
+
+use std::collections::BTreeMap;
+
+use super::device::UserAlias;
+use super::disk::Disk;
+use super::error::ValueError;
+
+/// Slots that devices may have: 1 to this one. Slot 0 has the host bridge.
+pub const PCI_SLOT_MAX: u8 = 31;
+
+/// A slot for a device on PCI bus 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PciSlot(u8);
+
+impl PciSlot {
+    /// Makes a slot.
+    ///
+    /// # Errors
+    ///
+    /// It is 0, which has the host bridge, or above [`PCI_SLOT_MAX`].
+    pub fn new(slot: u8) -> Result<Self, ValueError> {
+        if (1..=PCI_SLOT_MAX).contains(&slot) {
+            Ok(PciSlot(slot))
+        } else {
+            Err(ValueError::new(
+                &format!("{slot:#04x}"),
+                "a slot from 0x01 to 0x1f: slot 0 has the host bridge",
+            ))
+        }
+    }
+
+    /// Returns its number.
+    pub fn number(self) -> u8 {
+        self.0
+    }
+}
+
+/// What a device on PCI is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PciDeviceKind {
+    /// A disk.
+    Disk(Disk),
+}
+
+/// A device on PCI.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciDevice {
+    /// What it is.
+    pub kind: PciDeviceKind,
+    /// The user's name for it.
+    pub alias: Option<UserAlias>,
+}
+
+impl PciDevice {
+    /// Returns the disk that it is.
+    pub fn disk(&self) -> Option<&Disk> {
+        match &self.kind {
+            PciDeviceKind::Disk(disk) => Some(disk),
+        }
+    }
+}
+
+impl From<Disk> for PciDevice {
+    fn from(disk: Disk) -> Self {
+        PciDevice {
+            kind: PciDeviceKind::Disk(disk),
+            alias: None,
+        }
+    }
+}
+
+/// The devices on PCI, no two of which have the same slot, name or host resource.
+///
+/// Slots are part of the machine: a guest that runs, and so an image of it, depends on them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PciDevices(BTreeMap<PciSlot, PciDevice>);
+
+impl PciDevices {
+    /// Adds a device, in the lowest free slot where none is given.
+    ///
+    /// # Errors
+    ///
+    /// The slot is taken, all of them are, or another device has the same name or uses the same
+    /// thing of the host.
+    pub fn insert(
+        &mut self,
+        slot: Option<PciSlot>,
+        device: PciDevice,
+    ) -> Result<PciSlot, ValueError> {
+        for other in self.0.values() {
+            check_together(other, &device)?;
+        }
+        let slot = match slot {
+            Some(slot) => slot,
+            None => self.free_slot()?,
+        };
+        if self.0.contains_key(&slot) {
+            let text = format!("{:#04x}", slot.number());
+            return Err(ValueError::new(&text, "a free PCI slot: this one is taken"));
+        }
+        self.0.insert(slot, device);
+        Ok(slot)
+    }
+
+    fn free_slot(&self) -> Result<PciSlot, ValueError> {
+        let mut slots = (1..=PCI_SLOT_MAX).map(PciSlot);
+        let free = slots.find(|slot| !self.0.contains_key(slot));
+        free.ok_or_else(|| ValueError::new("none", "a free PCI slot: all 31 are taken"))
+    }
+
+    /// Returns the devices by slot.
+    pub fn iter(&self) -> impl Iterator<Item = (PciSlot, &PciDevice)> {
+        self.0.iter().map(|(slot, device)| (*slot, device))
+    }
+
+    /// Returns the disks by slot.
+    pub fn disks(&self) -> impl Iterator<Item = (PciSlot, &Disk)> {
+        self.iter()
+            .filter_map(|(slot, device)| Some((slot, device.disk()?)))
+    }
+
+    /// Returns the disk of that name.
+    pub fn disk_mut(&mut self, target: &str) -> Option<&mut Disk> {
+        self.0
+            .values_mut()
+            .find_map(|device| match &mut device.kind {
+                PciDeviceKind::Disk(disk) if disk.target.as_str() == target => Some(disk),
+                PciDeviceKind::Disk(_) => None,
+            })
+    }
+}
+
+/// Refuses two devices that cannot be in one machine.
+fn check_together(one: &PciDevice, other: &PciDevice) -> Result<(), ValueError> {
+    if let Some(alias) = &other.alias
+        && one.alias.as_ref() == Some(alias)
+    {
+        return Err(ValueError::new(alias.as_str(), "unique among devices"));
+    }
+    match (&one.kind, &other.kind) {
+        (PciDeviceKind::Disk(one), PciDeviceKind::Disk(other)) => one.check_beside(other),
+    }
+}

@@ -1,0 +1,139 @@
+//! The table of [`super::rules`]: devices on PCI.
+
+use super::rules::Rule;
+
+const ONLY_PCI: &str = "virtio devices are on PCI";
+const ONLY_BUS_0: &str = "there is one bus, and each device has a slot of its own";
+const SLOT: &str = "0x01 to 0x1f; the lowest free one where there is none. \
+    The canonical form has it: a restored guest finds its devices where they were";
+const ALIAS: &str = "kept where it starts with `ua-`; other names are given anew at every start";
+const OWN_THREAD: &str = "a disk's I/O is on a thread of its own, whatever this says";
+const NOT_TUNED: &str = "not supported yet; remove it";
+
+pub(super) const PCI: &[Rule] = &[
+    Rule::honoured("domain/devices/disk", "a virtio disk").many(),
+    Rule::honoured(
+        "domain/devices/disk@type",
+        "`file` where there is none; disks over a network and in pools are not supported yet",
+    )
+    .only(&["file", "block"]),
+    Rule::accepted(
+        "domain/devices/disk@device",
+        "CD-ROM and floppy drives are not supported yet",
+    )
+    .only(&["disk"])
+    .dropped(),
+    Rule::refused(
+        "domain/devices/disk@snapshot",
+        "a checkpoint always has all writable disks",
+    ),
+    Rule::honoured("domain/devices/disk/driver", ""),
+    Rule::accepted(
+        "domain/devices/disk/driver@name",
+        "libvirt's name for a disk's driver",
+    )
+    .only(&["qemu"])
+    .dropped(),
+    Rule::honoured(
+        "domain/devices/disk/driver@type",
+        "other formats are not supported yet; `qemu-img convert -O raw` makes a raw file",
+    )
+    .only(&["raw"]),
+    Rule::honoured(
+        "domain/devices/disk/driver@cache",
+        "`writeback` where there is none. The guest's flushes are honoured in all but `unsafe`",
+    )
+    .only(&[
+        "default",
+        "none",
+        "writethrough",
+        "writeback",
+        "directsync",
+        "unsafe",
+    ]),
+    Rule::honoured(
+        "domain/devices/disk/driver@discard",
+        "`ignore` where there is none",
+    )
+    .only(&["unmap", "ignore"]),
+    Rule::accepted("domain/devices/disk/driver@io", OWN_THREAD)
+        .only(&["threads", "native", "io_uring"])
+        .dropped(),
+    Rule::accepted(
+        "domain/devices/disk/driver@error_policy",
+        "the guest is told",
+    )
+    .only(&["report"])
+    .dropped(),
+    Rule::accepted(
+        "domain/devices/disk/driver@rerror_policy",
+        "the guest is told",
+    )
+    .only(&["report"])
+    .dropped(),
+    Rule::accepted(
+        "domain/devices/disk/driver@detect_zeroes",
+        "not supported yet",
+    )
+    .only(&["off"])
+    .dropped(),
+    Rule::refused("domain/devices/disk/driver@iothread", NOT_TUNED),
+    Rule::refused("domain/devices/disk/driver@queues", NOT_TUNED),
+    Rule::refused("domain/devices/disk/driver@queue_size", NOT_TUNED),
+    Rule::refused("domain/devices/disk/driver@copy_on_read", NOT_TUNED),
+    Rule::refused("domain/devices/disk/driver@iommu", NOT_TUNED),
+    Rule::refused("domain/devices/disk/driver@packed", NOT_TUNED),
+    Rule::honoured("domain/devices/disk/source", ""),
+    Rule::honoured("domain/devices/disk/source@file", "type file"),
+    Rule::honoured("domain/devices/disk/source@dev", "type block"),
+    Rule::accepted(
+        "domain/devices/disk/source@index",
+        "belongs to a running machine; not kept",
+    )
+    .dropped(),
+    Rule::refused("domain/devices/disk/source@startupPolicy", NOT_TUNED),
+    Rule::refused("domain/devices/disk/source/encryption", NOT_TUNED),
+    Rule::refused("domain/devices/disk/source/seclabel", "not supported"),
+    Rule::accepted(
+        "domain/devices/disk/backingStore",
+        "a raw disk has none; not kept",
+    )
+    .dropped(),
+    Rule::honoured("domain/devices/disk/target", "").needs(&["dev"]),
+    Rule::honoured("domain/devices/disk/target@dev", "`vd` and letters"),
+    Rule::accepted("domain/devices/disk/target@bus", "disks are virtio devices")
+        .only(&["virtio"])
+        .dropped(),
+    Rule::honoured("domain/devices/disk/readonly", ""),
+    Rule::refused(
+        "domain/devices/disk/shareable",
+        "a writable disk is locked for one machine",
+    ),
+    Rule::refused("domain/devices/disk/transient", "not supported yet"),
+    Rule::honoured("domain/devices/disk/serial", "at most 20 bytes").text(),
+    Rule::refused("domain/devices/disk/wwn", NOT_TUNED),
+    Rule::refused("domain/devices/disk/vendor", NOT_TUNED),
+    Rule::refused("domain/devices/disk/product", NOT_TUNED),
+    Rule::refused("domain/devices/disk/encryption", NOT_TUNED),
+    Rule::refused("domain/devices/disk/iotune", NOT_TUNED),
+    Rule::refused("domain/devices/disk/throttlefilters", NOT_TUNED),
+    Rule::refused("domain/devices/disk/blockio", NOT_TUNED),
+    Rule::refused("domain/devices/disk/geometry", NOT_TUNED),
+    Rule::refused("domain/devices/disk/mirror", NOT_TUNED),
+    Rule::refused("domain/devices/disk/auth", NOT_TUNED),
+    Rule::refused(
+        "domain/devices/disk/boot",
+        "the machine starts the kernel that <os> gives",
+    ),
+    Rule::honoured("domain/devices/disk/alias", "").needs(&["name"]),
+    Rule::honoured("domain/devices/disk/alias@name", ALIAS),
+    Rule::honoured("domain/devices/disk/address", "").needs(&["type"]),
+    Rule::honoured("domain/devices/disk/address@type", ONLY_PCI).only(&["pci"]),
+    Rule::honoured("domain/devices/disk/address@domain", ONLY_BUS_0),
+    Rule::honoured("domain/devices/disk/address@bus", ONLY_BUS_0),
+    Rule::honoured("domain/devices/disk/address@slot", SLOT),
+    Rule::honoured("domain/devices/disk/address@function", ONLY_BUS_0),
+    Rule::accepted("domain/devices/disk/address@multifunction", ONLY_BUS_0)
+        .only(&["off"])
+        .dropped(),
+];
