@@ -51,7 +51,18 @@ fn write_header(path: &Path) -> Result<(), Box<dyn Error>> {
     };
     config.export.exclude = vec!["Options".to_owned(), "SizedOut".to_owned()];
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for file in ["version", "status", "options", "machine", "job"] {
+    for file in [
+        "version",
+        "status",
+        "options",
+        "machine",
+        "job",
+        "image",
+        "state",
+        "callbacks",
+        "guest",
+        "guest_vcpu",
+    ] {
         builder = builder.with_src(format!("src/capi/{file}.rs"));
     }
     let mut rendered = Vec::new();

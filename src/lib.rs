@@ -13,6 +13,7 @@ pub mod cli;
 #[cfg(feature = "cli")]
 pub mod daemon;
 pub mod domain;
+pub mod foreign;
 pub mod guest;
 #[cfg(feature = "cli")]
 pub mod guests;

@@ -16,6 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("domain", &["page", "state"]),
     ("store", &["page", "state", "sync", "sys"]),
     ("kvmstate", &["guest", "page", "state", "sys"]),
+    ("foreign", &["guest", "kvmstate", "page", "state", "sys"]),
     (
         "machine",
         &["domain", "guest", "kvmstate", "page", "state", "sys"],
@@ -30,6 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "checkpoint",
             "domain",
+            "foreign",
             "guest",
             "kvmstate",
             "machine",

@@ -4,73 +4,15 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
+use common::c::{compile, guest_file, library, root, run};
 use common::have_kvm;
-use livepoint::guests;
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Returns the shared library that belongs to this build.
-fn library() -> PathBuf {
-    // This test is target/PROFILE/deps/c_abi-HASH; the library is one or two levels up.
-    let test = std::env::current_exe().unwrap();
-    let deps = test.parent().unwrap();
-    let found = [deps.parent().unwrap(), deps]
-        .into_iter()
-        .map(|dir| dir.join("liblivepoint.so"))
-        .find(|path| path.exists());
-    found.unwrap_or_else(|| panic!("no liblivepoint.so beside {}: cargo build", test.display()))
-}
-
-fn run(command: &mut Command) -> Output {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?} ended with {}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
-}
-
-/// Compiles a C program of ffi-tests/ and puts the library, by its SONAME, beside it.
-fn build(dir: &Path, program: &str) -> PathBuf {
-    let library = library();
-    symlink(&library, dir.join("liblivepoint.so.0")).unwrap();
-    symlink(&library, dir.join("liblivepoint.so")).unwrap();
-    let out = dir.join(program);
-    run(Command::new("gcc")
-        .args([
-            "-std=c11",
-            "-D_POSIX_C_SOURCE=200809L",
-            "-Wall",
-            "-Wextra",
-            "-Wpedantic",
-        ])
-        .args(["-Wconversion", "-Werror", "-g", "-O1", "-o"])
-        .arg(&out)
-        .arg("-I")
-        .arg(root().join("include"))
-        .arg(root().join("ffi-tests").join(format!("{program}.c")))
-        .arg("-L")
-        .arg(dir)
-        .arg("-llivepoint")
-        .arg("-Wl,-rpath,$ORIGIN"));
-    out
-}
 
 /// Writes the domain that the story runs: a computation that checks itself, on a console file.
 fn domain(dir: &Path, repeat: u32) -> PathBuf {
-    let kernel = dir.join("npb.elf");
-    fs::write(&kernel, guests::find("npb").unwrap().elf).unwrap();
+    let kernel = guest_file(dir, "npb");
     let xml = dir.join("domain.xml");
     let text = format!(
         "<domain type='kvm'>\
@@ -88,10 +30,15 @@ fn domain(dir: &Path, repeat: u32) -> PathBuf {
     xml
 }
 
+/// Runs of the guest's computation that outlast the story's checkpoints: some 10 ms each, and a
+/// checkpoint by a library that is not optimised takes seconds.
+const LONG_ENOUGH: u32 = if cfg!(debug_assertions) { 2000 } else { 600 };
+
 /// Runs the story and checks that each of its two restored guests verified its result.
 fn story(wrapper: &[&str], repeat: u32) {
     let dir = tempfile::tempdir().unwrap();
-    let program = build(dir.path(), "story");
+    let source = "ffi-tests/story.c";
+    let program = compile(dir.path(), source, &["-D_POSIX_C_SOURCE=200809L"]);
     let xml = domain(dir.path(), repeat);
     let mut command = match wrapper.split_first() {
         Some((first, rest)) => {
@@ -119,7 +66,7 @@ fn story(wrapper: &[&str], repeat: u32) {
 #[test]
 fn the_story_from_c_holds_with_both_protocols() {
     if have_kvm() {
-        story(&[], 600);
+        story(&[], LONG_ENOUGH);
     }
 }
 
@@ -142,7 +89,7 @@ fn valgrind_finds_no_error_and_no_leak_in_the_story() {
             "--errors-for-leak-kinds=definite,indirect,possible",
             "--error-exitcode=99",
         ],
-        600,
+        LONG_ENOUGH,
     );
 }
 

@@ -1,12 +1,12 @@
 //! Jobs: checkpoints that go on after the call that started them.
 
 use std::ffi::{CString, c_char, c_int};
-use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use super::out::{SizedOut, fill};
 use super::status::{Failure, LVP_OK, guard, lvp_status};
 use super::{handle, write_out};
 use crate::host::{CheckpointSummary, HostError, Job};
@@ -79,13 +79,6 @@ pub struct lvp_statistics {
     pub zero_pages: u64,
 }
 
-/// A plain struct that the caller has sized and we fill.
-trait SizedOut: Copy {
-    /// The struct's size in the first release that had it.
-    const SIZE_FIRST: usize;
-    fn set_size(&mut self, size: usize);
-}
-
 impl SizedOut for lvp_progress {
     const SIZE_FIRST: usize = 40;
     fn set_size(&mut self, size: usize) {
@@ -98,30 +91,6 @@ impl SizedOut for lvp_statistics {
     fn set_size(&mut self, size: usize) {
         self.struct_size = size;
     }
-}
-
-/// Fills as much of the caller's struct as it has; what it has more is left alone.
-///
-/// # Safety
-/// `out` is null or points to `out->struct_size` readable and writable bytes.
-unsafe fn fill<T: SizedOut>(out: *mut T, mut value: T, name: &str) -> Result<(), Failure> {
-    if out.is_null() {
-        return Err(Failure::invalid(format!("{name} is NULL")));
-    }
-    // SAFETY: not null; every such struct starts with its size.
-    let size = unsafe { out.cast::<usize>().read_unaligned() };
-    if size < T::SIZE_FIRST {
-        return Err(Failure::invalid(format!(
-            "{name}->struct_size is {size}: set it to sizeof the struct before the call"
-        )));
-    }
-    value.set_size(size);
-    let shared = size.min(size_of::<T>());
-    // SAFETY: `shared` bytes are ours to read, and the caller's to write by the contract.
-    unsafe {
-        std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), out.cast(), shared);
-    }
-    Ok(())
 }
 
 /// Returns a descriptor that becomes readable when the job has ended, for poll(2) and the like.

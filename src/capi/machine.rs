@@ -292,7 +292,9 @@ pub unsafe extern "C" fn lvp_machine_checkpoint(
         // SAFETY: the caller's contract.
         let out = unsafe { str_argument(out, "out") }?;
         // SAFETY: the caller's contract.
-        let mut request = unsafe { read(options) }?.to_request()?;
+        let options = unsafe { read(options) }?;
+        // SAFETY: the caller's contract.
+        let mut request = unsafe { options.to_request() }?;
         let path =
             std::path::absolute(out).map_err(|error| Failure::invalid(format!("out: {error}")))?;
         request.out = Some(path);

@@ -9,19 +9,30 @@
 )]
 #![expect(non_camel_case_types, reason = "the names are C's")]
 
+mod callbacks;
+mod guest;
+mod guest_vcpu;
+mod image;
 mod job;
 mod machine;
 mod options;
+mod out;
+mod state;
 mod status;
 mod version;
 
+pub use callbacks::*;
+pub use guest::*;
+pub use guest_vcpu::*;
+pub use image::*;
 pub use job::*;
 pub use machine::*;
 pub use options::*;
+pub use state::*;
 pub use status::*;
 pub use version::*;
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 
 use status::Failure;
 
@@ -37,6 +48,48 @@ unsafe fn str_argument<'a>(text: *const c_char, name: &str) -> Result<&'a str, F
     let text = unsafe { CStr::from_ptr(text) };
     text.to_str()
         .map_err(|_| Failure::invalid(format!("{name} is not UTF-8")))
+}
+
+/// Longest array that a caller may pass: far beyond any use, and far below what pointer
+/// arithmetic allows.
+const ARRAY_BYTES_MAX: usize = 1 << 46;
+
+/// Reads an array argument.
+///
+/// # Safety
+/// `start` is null or has `count` readable members that stay unchanged for `'a`.
+unsafe fn slice_argument<'a, T: Copy>(
+    start: *const T,
+    count: usize,
+    name: &str,
+) -> Result<&'a [T], Failure> {
+    if count == 0 {
+        return Ok(&[]);
+    }
+    if start.is_null() {
+        return Err(Failure::invalid(format!("{name} is NULL")));
+    }
+    if count > ARRAY_BYTES_MAX / size_of::<T>() {
+        return Err(Failure::invalid(format!("{name} has {count} members")));
+    }
+    if !start.is_aligned() {
+        return Err(Failure::invalid(format!("{name} is not aligned")));
+    }
+    // SAFETY: not null, aligned and not too long; readable by the contract.
+    Ok(unsafe { std::slice::from_raw_parts(start, count) })
+}
+
+/// Reads an argument of bytes.
+///
+/// # Safety
+/// `start` is null or has `count` readable bytes that stay unchanged for `'a`.
+unsafe fn bytes_argument<'a>(
+    start: *const c_void,
+    count: usize,
+    name: &str,
+) -> Result<&'a [u8], Failure> {
+    // SAFETY: by the contract.
+    unsafe { slice_argument(start.cast::<u8>(), count, name) }
 }
 
 /// Borrows what a handle points to.

@@ -121,10 +121,19 @@ pub struct lvp_checkpoint_options {
     pub max_downtime_us: u64,
     /// Milliseconds that the checkpoint may take; 0: any. It is refused where more are expected.
     pub deadline_ms: u64,
+    /// Milliseconds without a sign of life after which a pause is ended, and the checkpoint fails;
+    /// from 10 to 60000; 0: 1000. A pause that makes progress is not ended by it.
+    pub pause_limit_ms: u32,
+    /// Level of LVP_CODEC_ZSTD, from 1 to 19; 0: 1. Must be 0 with other codecs.
+    pub codec_level: u32,
+    /// Path of a file in the image's directory that is given up and written over, which is faster
+    /// than new room; borrowed for the call. It is gone whatever comes of the checkpoint. NULL:
+    /// none.
+    pub spare: *const c_char,
 }
 
-// SAFETY: `repr(C)` integers only, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 + 3 * 8
-// bytes follow it with no padding.
+// SAFETY: `repr(C)` integers and a pointer, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 +
+// 3 * 8 + 4 + 4 + 8 bytes follow it with no padding.
 unsafe impl Options for lvp_checkpoint_options {
     const SIZE_FIRST: usize = 48;
     const DEFAULT: Self = Self {
@@ -140,11 +149,18 @@ unsafe impl Options for lvp_checkpoint_options {
         max_bandwidth: 0,
         max_downtime_us: 0,
         deadline_ms: 0,
+        pause_limit_ms: 0,
+        codec_level: 0,
+        spare: ptr::null(),
     };
 }
 
 impl lvp_checkpoint_options {
-    pub(super) fn to_request(self) -> Result<CheckpointRequest, Failure> {
+    /// Checks the options.
+    ///
+    /// # Safety
+    /// `spare` is null or a zero-terminated string.
+    pub(super) unsafe fn to_request(self) -> Result<CheckpointRequest, Failure> {
         let protocol = match self.protocol {
             LVP_PROTOCOL_DEFAULT | LVP_PROTOCOL_THREADED => Protocol::Threaded,
             LVP_PROTOCOL_STOP => Protocol::Stop,
@@ -160,9 +176,21 @@ impl lvp_checkpoint_options {
         request.codec = match self.codec {
             LVP_CODEC_DEFAULT | LVP_CODEC_LZ4 => Codec::Lz4,
             LVP_CODEC_NONE => Codec::None,
-            LVP_CODEC_ZSTD => Codec::Zstd { level: 1 },
+            LVP_CODEC_ZSTD => self.zstd()?,
             other => return Err(Failure::invalid(format!("there is no codec {other}"))),
         };
+        if self.codec_level != 0 && self.codec != LVP_CODEC_ZSTD {
+            return Err(Failure::invalid("codec_level is for LVP_CODEC_ZSTD"));
+        }
+        if !self.spare.is_null() {
+            // SAFETY: by the function's contract.
+            let spare = unsafe { str_argument(self.spare, "spare") }?;
+            let spare = std::path::absolute(spare)
+                .map_err(|error| Failure::invalid(format!("spare: {error}")))?;
+            request.spare = Some(spare);
+        }
+        request.pause_limit_ms =
+            (self.pause_limit_ms != 0).then_some(u64::from(self.pause_limit_ms));
         if self.threads != 0 {
             request.threads = Some(ThreadCount::new(self.threads as usize)?);
         }
@@ -175,6 +203,14 @@ impl lvp_checkpoint_options {
             (self.downtime_budget_us != 0).then_some(self.downtime_budget_us);
         request.durable = self.no_sync == 0;
         Ok(request)
+    }
+
+    /// Returns the codec with the level that was asked for.
+    fn zstd(&self) -> Result<Codec, Failure> {
+        let level = self.codec_level.max(1);
+        format!("zstd:{level}")
+            .parse()
+            .map_err(|_| Failure::invalid(format!("codec_level is {level}")))
     }
 }
 
@@ -261,9 +297,16 @@ mod tests {
     fn unknown_values_are_refused() {
         let mut options = lvp_checkpoint_options::DEFAULT;
         options.protocol = 99;
-        assert!(options.to_request().is_err());
+        // SAFETY: no string is set, here and below.
+        assert!(unsafe { options.to_request() }.is_err());
         let mut options = lvp_checkpoint_options::DEFAULT;
         options.codec = 99;
-        assert!(options.to_request().is_err());
+        // SAFETY: as above.
+        assert!(unsafe { options.to_request() }.is_err());
+        let mut options = lvp_checkpoint_options::DEFAULT;
+        options.codec = LVP_CODEC_ZSTD;
+        options.codec_level = 1000;
+        // SAFETY: as above.
+        assert!(unsafe { options.to_request() }.is_err());
     }
 }

@@ -22,6 +22,8 @@ pub const LVP_E_NOT_FOUND: lvp_status = -12;
 pub const LVP_E_STATE: lvp_status = -20;
 /// Somebody else uses the machine, image or file.
 pub const LVP_E_BUSY: lvp_status = -21;
+/// A callback of the caller's failed; the text has what it returned.
+pub const LVP_E_CALLBACK: lvp_status = -22;
 /// This host lacks a device, a kernel feature or a permission.
 pub const LVP_E_HOST: lvp_status = -30;
 /// A system call on a file failed.
@@ -68,6 +70,13 @@ impl Failure {
         }
     }
 
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self {
+            status: LVP_E_NOT_FOUND,
+            message: message.into(),
+        }
+    }
+
     pub fn timeout(message: impl Into<String>) -> Self {
         Self {
             status: LVP_E_TIMEOUT,
@@ -104,6 +113,7 @@ fn status_of(code: ErrorCode) -> lvp_status {
         ErrorCode::Io => LVP_E_IO,
         ErrorCode::Corrupt => LVP_E_CORRUPT,
         ErrorCode::Incompatible => LVP_E_INCOMPATIBLE,
+        ErrorCode::Callback => LVP_E_CALLBACK,
         ErrorCode::Cancelled => LVP_E_CANCELLED,
         ErrorCode::Timeout => LVP_E_TIMEOUT,
         ErrorCode::Internal => LVP_E_INTERNAL,

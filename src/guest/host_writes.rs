@@ -14,6 +14,13 @@ pub trait DiscardObserver: Send + Sync {
     fn before_discard(&self, run: PageRun);
 }
 
+/// A VMM that keeps a log of its own writes, and is asked for it.
+pub trait HostWriteSource: Send + Sync {
+    /// Takes the pages of `slot` that were written since the last call, and adds their bits to
+    /// `into`. A page is told after it was written.
+    fn take_into(&self, slot: u32, into: &mut [u64]);
+}
+
 /// Pages that the VMM wrote or discarded.
 ///
 /// Device code calls [`HostWrites::mark_dirty`] **after** a write completes: marked before it,
@@ -23,6 +30,7 @@ pub struct HostWrites {
     /// Sorted by frame.
     regions: Vec<Region>,
     observer: RwLock<Option<Arc<dyn DiscardObserver>>>,
+    source: Option<Arc<dyn HostWriteSource>>,
     claimed: AtomicBool,
 }
 
@@ -55,8 +63,16 @@ impl HostWrites {
         Self {
             regions,
             observer: RwLock::new(None),
+            source: None,
             claimed: AtomicBool::new(false),
         }
+    }
+
+    /// Asks `source` too, whenever marks are taken.
+    #[must_use]
+    pub fn with_source(mut self, source: Arc<dyn HostWriteSource>) -> Self {
+        self.source = Some(source);
+        self
     }
 
     /// Claims this log, and with it the guest's dirty log; false while somebody else holds both.
@@ -122,6 +138,9 @@ impl HostWrites {
     pub fn take_into(&self, slot: u32, into: &mut [u64]) {
         for region in self.regions.iter().filter(|region| region.slot == slot) {
             region.written.take_into(into);
+            if let Some(source) = &self.source {
+                source.take_into(slot, into);
+            }
         }
     }
 

@@ -16,7 +16,7 @@ use crate::state::{HostFacts, StateSection};
 use crate::sys::mapping::GuestMapping;
 
 pub use gate::{GateTimeout, VcpuGate};
-pub use host_writes::{Discard, DiscardObserver, HostWrites};
+pub use host_writes::{Discard, DiscardObserver, HostWriteSource, HostWrites};
 
 /// What backs a region's memory on the host; decides which tracking is cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +131,14 @@ pub enum GuestError {
         /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A callback of the VMM's failed.
+    #[error("the VMM could not {what}: it returned {status}")]
+    Vmm {
+        /// What it was asked to do.
+        what: &'static str,
+        /// What it returned.
+        status: i32,
     },
     /// The guest has ended, or is not in a state where this can be done.
     #[error("the guest is {state}")]

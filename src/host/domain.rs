@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::checkpoint::{self, CheckpointOptions, Workspace};
+use crate::checkpoint::{self, Workspace};
 use crate::domain::{
     DomainConfig, DomainError, DomainName, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
 };
@@ -441,36 +441,13 @@ impl Domain {
             return Err(HostError::JobRunning { job: job.id() });
         }
         let guest: Arc<dyn Guest> = machine;
-        let options = self.checkpoint_options(request);
+        let options = request.engine_options(self.workspace.clone());
         let started = checkpoint::start(guest, Arc::new(FileStorage), &out, options)?;
         let id = inner.jobs.last().map_or(1, |job| job.id() + 1);
         let job = Job::new(id, started);
         // Only the last job is ever asked for again; older ones would keep their results for ever.
         inner.jobs = vec![job.clone()];
         Ok(job)
-    }
-
-    fn checkpoint_options(&self, request: &CheckpointRequest) -> CheckpointOptions {
-        let mut options = CheckpointOptions {
-            protocol: request.protocol,
-            codec: request.codec,
-            durable: request.durable,
-            threads: request.threads.map(|threads| threads.get()),
-            max_staging_bytes: request.max_staging_bytes,
-            max_downtime: request.max_downtime_us.map(Duration::from_micros),
-            deadline: request.deadline_ms.map(Duration::from_millis),
-            max_bandwidth: request.max_bandwidth,
-            spare: request.spare.clone(),
-            workspace: self.workspace.clone(),
-            ..CheckpointOptions::default()
-        };
-        if let Some(ms) = request.interval_ms {
-            options.interval = Duration::from_millis(ms);
-        }
-        if let Some(us) = request.downtime_budget_us {
-            options.downtime_budget = Some(Duration::from_micros(us));
-        }
-        options
     }
 
     /// Returns the last job, if it has this number.

@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::CheckpointError;
 use crate::domain::DomainError;
+use crate::foreign::ForeignError;
 use crate::guest::GuestError;
+use crate::kvmstate::KvmStateError;
 use crate::machine::MachineError;
 use crate::machine::virtio::blk::DiskError;
 use crate::restore::core::CoreError;
 use crate::restore::eager::FillError as RestoreError;
+use crate::state::StateError;
 use crate::store::StoreError;
 use crate::sys::lock::LockError;
 
@@ -39,6 +42,8 @@ pub enum ErrorCode {
     Corrupt,
     /// The image needs what this host lacks.
     Incompatible,
+    /// A callback of the caller's failed.
+    Callback,
     /// The work was cancelled.
     Cancelled,
     /// Something took longer than it may.
@@ -92,6 +97,9 @@ pub enum HostError {
     /// The image could not be written as a core file.
     #[error(transparent)]
     Core(Box<CoreError>),
+    /// A call about another VMM's VM failed.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
     /// The domain, its name or its UUID is in use.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -108,6 +116,12 @@ pub enum HostError {
     JobRunning {
         /// Its number.
         job: u64,
+    },
+    /// An image has no guest memory at an address.
+    #[error("the image has no memory at guest physical address {gpa:#x}")]
+    NoMemoryAt {
+        /// The first such address.
+        gpa: u64,
     },
     /// No job has this number.
     #[error("there is no job {job}")]
@@ -184,7 +198,9 @@ impl HostError {
         match self {
             Self::Invalid(_) => ErrorCode::Invalid,
             Self::JobRunning { .. } => ErrorCode::Busy,
-            Self::NotRunning { .. } | Self::NoSuchJob { .. } => ErrorCode::NotFound,
+            Self::NotRunning { .. } | Self::NoSuchJob { .. } | Self::NoMemoryAt { .. } => {
+                ErrorCode::NotFound
+            }
             Self::Unsupported(_) => ErrorCode::Unsupported,
             Self::Path { source, .. } | Self::Connection { source } => io_code(source),
             Self::Domain { source, .. } if source.is_unsupported() => ErrorCode::Unsupported,
@@ -201,6 +217,7 @@ impl HostError {
                 CoreError::State(_) => ErrorCode::Corrupt,
                 CoreError::Write(error) => io_code(error),
             },
+            Self::Foreign(error) => foreign_code(error),
             Self::Lock(LockError::Held { .. }) => ErrorCode::Busy,
             Self::Lock(LockError::Io { source, .. }) => io_code(source),
             Self::State { .. } => ErrorCode::State,
@@ -238,6 +255,23 @@ fn io_code(error: &io::Error) -> ErrorCode {
     match error.kind() {
         io::ErrorKind::NotFound => ErrorCode::NotFound,
         _ => ErrorCode::Io,
+    }
+}
+
+fn foreign_code(error: &ForeignError) -> ErrorCode {
+    match error {
+        ForeignError::Invalid(_) => ErrorCode::Invalid,
+        ForeignError::Kvm { .. } => ErrorCode::Host,
+        ForeignError::Busy { .. } | ForeignError::InUse { .. } => ErrorCode::Busy,
+        ForeignError::NotEntered { .. } | ForeignError::OtherThread { .. } => ErrorCode::State,
+        ForeignError::State(KvmStateError::State(StateError::Duplicate { .. })) => {
+            ErrorCode::Invalid
+        }
+        ForeignError::State(KvmStateError::State(StateError::Missing { .. })) => {
+            ErrorCode::NotFound
+        }
+        ForeignError::State(KvmStateError::State(_)) => ErrorCode::Corrupt,
+        ForeignError::State(_) => ErrorCode::Incompatible,
     }
 }
 
@@ -279,6 +313,7 @@ fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
             GuestError::Gate(_) | GuestError::Drain { .. } => ErrorCode::Timeout,
             GuestError::NotCheckpointable { .. } => ErrorCode::Unsupported,
             GuestError::Save { .. } => ErrorCode::Host,
+            GuestError::Vmm { .. } => ErrorCode::Callback,
         },
         CheckpointError::Store { source, .. } => store_code(source),
         CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,

@@ -1,18 +1,38 @@
 //! Images, as edges look at them.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use crate::host::{HostError, machine_facts};
+use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PIECE_PAGES, PageRun};
 use crate::restore::{compat, core};
-use crate::store::{FileStorage, ImageReader, ImageSummary, VerifyReport};
+use crate::store::{
+    FileStorage, ImageReader, ImageSummary, ReadScratch, SectionSummary, VerifyReport,
+};
 
 /// Most threads that check an image: beyond it the disk is the limit.
 const VERIFY_THREADS_MAX: usize = 8;
+
+/// Up to so many pages are found one by one: each costs the reading of a chunk.
+const READ_BY_PAGE_MAX: u64 = 4;
 
 /// An image that is open for reading; nobody replaces or removes it meanwhile.
 #[derive(Debug)]
 pub struct Image {
     reader: ImageReader,
+}
+
+/// A range of guest memory in an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// Number of the memory slot.
+    pub slot: u32,
+    /// Guest physical address of the first byte.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub bytes: u64,
 }
 
 impl Image {
@@ -70,10 +90,148 @@ impl Image {
         })
     }
 
+    /// Returns the image in figures, as JSON.
+    pub fn summary_json(&self) -> String {
+        serde_json::to_string_pretty(&self.summary()).expect("a summary is plain data")
+    }
+
+    /// Returns what its VMM said of the guest; domain XML where that was us.
+    pub fn description(&self) -> &str {
+        &self.reader.manifest().guest.domain_xml
+    }
+
+    /// Returns the ranges of guest memory, sorted.
+    pub fn ranges(&self) -> Vec<MemoryRange> {
+        let regions = self.reader.manifest().regions.iter();
+        regions
+            .map(|region| MemoryRange {
+                slot: region.slot,
+                gpa: region.start.gpa(),
+                bytes: region.run().bytes(),
+            })
+            .collect()
+    }
+
+    /// Returns the state sections, without reading them.
+    pub fn sections(&self) -> Vec<SectionSummary> {
+        self.reader.summary().sections
+    }
+
+    /// Fails where this host cannot run the image, and says what it lacks.
+    pub fn check_host(&self) -> Result<(), HostError> {
+        let lacks = self.host_lacks()?;
+        if lacks.is_empty() {
+            Ok(())
+        } else {
+            Err(HostError::Incompatible(lacks))
+        }
+    }
+
+    /// Reads `bytes` of guest memory from `gpa` on, and hands them out part by part, each with its
+    /// offset from `gpa`, each once. No byte is handed out before its digest was checked, and none
+    /// where a part of the range is in no region.
+    pub fn read(
+        &self,
+        gpa: u64,
+        bytes: u64,
+        mut hand_out: impl FnMut(usize, &[u8]),
+    ) -> Result<(), HostError> {
+        let end = gpa.checked_add(bytes).ok_or_else(|| {
+            HostError::Invalid(format!("{bytes:#x} bytes at {gpa:#x} go past the end"))
+        })?;
+        self.check_covered(gpa, end)?;
+        // Gives the part of `run` that is wanted, whose bytes are `content`.
+        let mut give = |run: PageRun, content: &[u8]| {
+            let (first, last) = (run.start.gpa().max(gpa), run.end().gpa().min(end));
+            if first < last {
+                let inside = narrow(first - run.start.gpa())..narrow(last - run.start.gpa());
+                hand_out(narrow(first - gpa), &content[inside]);
+            }
+        };
+        let wanted = PageRun::touching(gpa, bytes);
+        let mut scratch = ReadScratch::default();
+        if wanted.page_count <= READ_BY_PAGE_MAX {
+            let mut page = [0; PAGE_BYTES];
+            for gfn in wanted.start.0..wanted.end().0 {
+                let start = Gfn(gfn);
+                if !self.reader.read_page(start, &mut scratch, &mut page)? {
+                    return Err(HostError::NoMemoryAt { gpa: start.gpa() });
+                }
+                let page_count = 1;
+                give(PageRun { start, page_count }, &page);
+            }
+            return Ok(());
+        }
+        for zeros in self.reader.zero_runs() {
+            for piece in zeros.intersection(wanted).into_iter().flat_map(pieces) {
+                give(piece, &[0; PIECE_BYTES][..narrow(piece.bytes())]);
+            }
+        }
+        for chunk in 0..self.reader.chunk_count() {
+            let runs = || self.reader.runs_of_chunk(chunk);
+            if runs().any(|part| part.run.intersection(wanted).is_some()) {
+                let raw = self.reader.read_chunk(chunk, &mut scratch)?;
+                runs().for_each(|part| give(part.run, part.bytes_in(raw)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where a byte of a range is in no region.
+    fn check_covered(&self, gpa: u64, end: u64) -> Result<(), HostError> {
+        let mut covered = gpa;
+        for range in self.ranges() {
+            if range.gpa <= covered && covered < range.gpa + range.bytes {
+                covered = range.gpa + range.bytes;
+            }
+        }
+        if covered < end {
+            return Err(HostError::NoMemoryAt { gpa: covered });
+        }
+        Ok(())
+    }
+
+    /// Writes guest memory to a flat file, in which offsets are guest physical addresses. Zeros
+    /// become holes.
+    pub fn export(&self, path: &Path) -> Result<(), HostError> {
+        let failed = |action| move |source| HostError::path(action, path, source);
+        let file = File::create(path).map_err(failed("create"))?;
+        let end = self.ranges().last().map_or(0, |last| last.gpa + last.bytes);
+        file.set_len(end).map_err(failed("set the length of"))?;
+        let chunks = self.reader.live_chunks();
+        let written = Mutex::new(Ok(()));
+        let threads = default_threads(VERIFY_THREADS_MAX);
+        self.reader.for_each_chunk(&chunks, threads, |chunk, raw| {
+            for part in self.reader.runs_of_chunk(chunk) {
+                let result = file.write_all_at(part.bytes_in(raw), part.run.start.gpa());
+                if let Err(error) = result {
+                    *written.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+                    return;
+                }
+            }
+        })?;
+        let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
+        written.map_err(failed("write"))
+    }
+
     /// Reads every byte that a restore would use, and checks every digest.
     pub fn verify(&self) -> Result<VerifyReport, HostError> {
         Ok(self.reader.verify(default_threads(VERIFY_THREADS_MAX))?)
     }
+}
+
+/// Cuts a run into parts of a piece at most.
+fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
+    let starts = (run.start.0..run.end().0).step_by(narrow(PIECE_PAGES));
+    starts.map(move |start| PageRun {
+        start: Gfn(start),
+        page_count: PIECE_PAGES.min(run.end().0 - start),
+    })
+}
+
+/// Narrows an offset in memory that the caller has room for.
+fn narrow(value: u64) -> usize {
+    usize::try_from(value).expect("a range that is in memory fits the address space")
 }
 
 /// Returns the number of CPUs that this process may use, but no more than `most`.

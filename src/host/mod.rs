@@ -7,6 +7,7 @@ mod convert;
 mod domain;
 mod error;
 mod event;
+mod foreign;
 mod image;
 mod job;
 mod request;
@@ -17,7 +18,12 @@ use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::Protocol;
 pub use crate::domain::{DomainConfig, DomainError, DomainName, VCPUS_MAX, Vcpus, XmlView};
+pub use crate::foreign::{
+    ForeignError, ForeignGuest, GuestIdentity, Kick, KvmHandle, Passage, RegionSpec, SavedState,
+    Vmm,
+};
 pub use crate::kvmstate::ClockPolicy;
+pub use crate::state::StateSection;
 pub use crate::store::{Codec, ImageSummary, VerifyReport};
 pub use crate::sys::lock::LockFile;
 pub use crate::sys::passed_fds::take as take_passed_descriptors;
@@ -28,7 +34,8 @@ pub use domain::{
 };
 pub use error::{ErrorCode, HostError};
 pub use event::{DomainEvent, DomainEvents, Ending, FinalState};
-pub use image::Image;
+pub use foreign::ForeignVm;
+pub use image::{Image, MemoryRange};
 pub use job::Job;
 pub use request::{
     CheckpointRequest, CheckpointSummary, EndReason, Figures, JobProgress, MachineState,

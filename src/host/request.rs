@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::checkpoint::{self, Protocol, Report, Statistics};
+use crate::checkpoint::{self, CheckpointOptions, Protocol, Report, Statistics, Workspace};
 use crate::host::HostError;
 use crate::machine::{self, ShutoffReason};
 use crate::store::Codec;
@@ -88,6 +89,9 @@ pub struct CheckpointRequest {
     /// Absolute path of a file in the image's directory that is given up and written over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spare: Option<PathBuf>,
+    /// Milliseconds without a sign of life after which a pause is ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_limit_ms: Option<u64>,
     /// Whether to wait until the image is on stable storage.
     #[serde(default = "default_durable")]
     pub durable: bool,
@@ -136,8 +140,36 @@ impl CheckpointRequest {
             max_bandwidth: None,
             downtime_budget_us: None,
             spare: None,
+            pause_limit_ms: None,
             durable: default_durable(),
         }
+    }
+
+    /// Returns the request as the engine takes it.
+    pub(super) fn engine_options(&self, workspace: Workspace) -> CheckpointOptions {
+        let mut options = CheckpointOptions {
+            protocol: self.protocol,
+            codec: self.codec,
+            durable: self.durable,
+            threads: self.threads.map(|threads| threads.get()),
+            max_staging_bytes: self.max_staging_bytes,
+            max_downtime: self.max_downtime_us.map(Duration::from_micros),
+            deadline: self.deadline_ms.map(Duration::from_millis),
+            max_bandwidth: self.max_bandwidth,
+            spare: self.spare.clone(),
+            workspace,
+            ..CheckpointOptions::default()
+        };
+        if let Some(ms) = self.interval_ms {
+            options.interval = Duration::from_millis(ms);
+        }
+        if let Some(ms) = self.pause_limit_ms {
+            options.pause_limit = Duration::from_millis(ms);
+        }
+        if let Some(us) = self.downtime_budget_us {
+            options.downtime_budget = Some(Duration::from_micros(us));
+        }
+        options
     }
 }
 

@@ -26,25 +26,63 @@ pub struct Board {
 pub fn save_board(vm: &VmFd) -> Result<Board, KvmStateError> {
     Ok(Board {
         clock: save_clock(vm)?,
-        irqchip: IrqchipV1 {
-            pic_master: get_irqchip(vm, KVM_IRQCHIP_PIC_MASTER)?,
-            pic_slave: get_irqchip(vm, KVM_IRQCHIP_PIC_SLAVE)?,
-            ioapic: get_irqchip(vm, KVM_IRQCHIP_IOAPIC)?,
-        },
-        pit: PitV1 {
-            channels: vm.get_pit2().map_err(KvmStateError::vm("read the PIT"))?,
-        },
+        irqchip: get_irqchips(vm).map_err(KvmStateError::vm("read an interrupt controller"))?,
+        pit: get_pit(vm).map_err(KvmStateError::vm("read the PIT"))?,
     })
 }
 
-fn get_irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmStateError> {
+fn get_irqchips(vm: &VmFd) -> Result<IrqchipV1, kvm_ioctls::Error> {
+    Ok(IrqchipV1 {
+        pic_master: get_irqchip(vm, KVM_IRQCHIP_PIC_MASTER)?,
+        pic_slave: get_irqchip(vm, KVM_IRQCHIP_PIC_SLAVE)?,
+        ioapic: get_irqchip(vm, KVM_IRQCHIP_IOAPIC)?,
+    })
+}
+
+fn get_irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, kvm_ioctls::Error> {
     let mut chip = kvm_irqchip {
         chip_id,
         ..Default::default()
     };
-    vm.get_irqchip(&mut chip)
-        .map_err(KvmStateError::vm("read an interrupt controller"))?;
+    vm.get_irqchip(&mut chip)?;
     Ok(chip)
+}
+
+fn get_pit(vm: &VmFd) -> Result<PitV1, kvm_ioctls::Error> {
+    Ok(PitV1 {
+        channels: vm.get_pit2()?,
+    })
+}
+
+/// The chips that KVM has of a VM that somebody else made.
+pub(super) struct Chips {
+    pub(super) irqchip: Option<IrqchipV1>,
+    pub(super) pit: Option<PitV1>,
+}
+
+impl Chips {
+    /// Saves those that are there: the VMM may have chips of its own instead.
+    pub(super) fn save(vm: &VmFd) -> Result<Self, KvmStateError> {
+        fn present<T>(chip: Result<T, kvm_ioctls::Error>) -> Result<Option<T>, kvm_ioctls::Error> {
+            match chip {
+                Ok(chip) => Ok(Some(chip)),
+                Err(error) if error.errno() == libc::ENXIO => Ok(None),
+                Err(error) => Err(error),
+            }
+        }
+        Ok(Self {
+            irqchip: present(get_irqchips(vm))
+                .map_err(KvmStateError::vm("read an interrupt controller"))?,
+            pit: present(get_pit(vm)).map_err(KvmStateError::vm("read the PIT"))?,
+        })
+    }
+
+    pub(super) fn restore(&self, vm: &VmFd) -> Result<(), KvmStateError> {
+        if let Some(irqchip) = &self.irqchip {
+            set_irqchips(vm, irqchip)?;
+        }
+        self.pit.as_ref().map_or(Ok(()), |pit| set_pit(vm, pit))
+    }
 }
 
 /// Restores clock, interrupt controllers and timer; the clock moved on by `passed`.
@@ -56,6 +94,11 @@ pub fn restore_board(vm: &VmFd, board: &Board, passed: Duration) -> Result<(), K
 
 /// Restores interrupt controllers and timer; the clock goes on.
 pub fn restore_chips(vm: &VmFd, irqchip: &IrqchipV1, pit: &PitV1) -> Result<(), KvmStateError> {
+    set_irqchips(vm, irqchip)?;
+    set_pit(vm, pit)
+}
+
+fn set_irqchips(vm: &VmFd, irqchip: &IrqchipV1) -> Result<(), KvmStateError> {
     let chips = [
         (KVM_IRQCHIP_PIC_MASTER, &irqchip.pic_master),
         (KVM_IRQCHIP_PIC_SLAVE, &irqchip.pic_slave),
@@ -67,6 +110,10 @@ pub fn restore_chips(vm: &VmFd, irqchip: &IrqchipV1, pit: &PitV1) -> Result<(), 
         vm.set_irqchip(&chip)
             .map_err(KvmStateError::vm("set an interrupt controller"))?;
     }
+    Ok(())
+}
+
+fn set_pit(vm: &VmFd, pit: &PitV1) -> Result<(), KvmStateError> {
     vm.set_pit2(&pit.channels)
         .map_err(KvmStateError::vm("set the PIT"))
 }

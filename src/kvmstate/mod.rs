@@ -8,6 +8,7 @@
 //! vCPUs: [`restore_board`] (clock, interrupt controllers, timer), then [`restore_vcpu`] for each
 //! vCPU. [`restore`] does both.
 
+mod any_vm;
 mod board;
 mod dirty_log;
 mod facts;
@@ -23,6 +24,7 @@ use crate::state::board::{ClockV1, IrqchipV1, PitV1};
 use crate::state::vcpu::VcpuV1;
 use crate::state::{StateError, StateSection, StateSet};
 
+pub use any_vm::{restore_any, save_any};
 pub use board::{Board, restore_board, restore_chips, save_board, save_clock, set_clock};
 pub use dirty_log::KvmDirtyLog;
 pub use facts::{cpuid_entries, cpuid_table, guest_facts, host_facts, supported_cpuid};

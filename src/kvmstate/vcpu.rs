@@ -3,7 +3,8 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_SREGS2_FLAGS_PDPTRS_VALID, Msrs, kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_sregs2,
+    KVM_SREGS2_FLAGS_PDPTRS_VALID, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+    kvm_sregs2,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -57,11 +58,20 @@ pub fn save_vcpu(
             .get_debug_regs()
             .map_err(get("read the debug registers"))?,
         events,
-        lapic: LapicV1(vcpu.get_lapic().map_err(get("read the local APIC"))?),
+        lapic: get_lapic(vcpu, number)?,
         msrs: msrs.save(vcpu, number)?,
         cpuid,
         tsc: tsc::save(vcpu, number)?,
     })
+}
+
+/// Reads the local APIC; all zeros, which none ever is, where the VMM emulates it and not KVM.
+fn get_lapic(vcpu: &VcpuFd, number: u32) -> Result<LapicV1, KvmStateError> {
+    match vcpu.get_lapic() {
+        Ok(lapic) => Ok(LapicV1(lapic)),
+        Err(error) if error.errno() == libc::EINVAL => Ok(LapicV1(kvm_lapic_state::default())),
+        Err(error) => Err(KvmStateError::vcpu("read the local APIC", number)(error)),
+    }
 }
 
 fn refuse_nested(cpuid: &[CpuidEntry], vcpu: u32) -> Result<(), KvmStateError> {
@@ -193,8 +203,11 @@ pub fn restore_vcpu(
         .iter()
         .partition(|msr| msr.index == msrs::TSC_DEADLINE);
     msrs::write(vcpu, number, &others)?;
-    vcpu.set_lapic(&saved.lapic.0)
-        .map_err(set("set the local APIC"))?;
+    // All zeros: KVM had none, see `get_lapic`.
+    if saved.lapic.0.regs.iter().any(|&byte| byte != 0) {
+        vcpu.set_lapic(&saved.lapic.0)
+            .map_err(set("set the local APIC"))?;
+    }
     if let Some(deadline) = deadline.first().filter(|msr| msr.value != 0) {
         // Where the counter could not be put back, the deadline is as far ahead as it was.
         set_deadline(vcpu, number, deadline.value.wrapping_add(missed))?;

@@ -159,6 +159,18 @@ impl StateSet {
         }
     }
 
+    /// Returns the sections that nobody has taken.
+    pub fn sections(&self) -> &[StateSection] {
+        &self.sections
+    }
+
+    /// Returns whether instance `instance` of `T`'s kind is there and was not taken.
+    pub fn has<T: SectionPayload>(&self, instance: u32) -> bool {
+        self.sections
+            .iter()
+            .any(|section| section.kind == T::KIND && section.instance == instance)
+    }
+
     /// Ends the reading: a section that nobody took is an error.
     pub fn finish(self) -> Result<(), StateError> {
         self.sections.into_iter().next().map_or(Ok(()), |section| {

@@ -58,7 +58,7 @@ pub struct VcpuV1 {
     pub tsc: TscV1,
 }
 
-/// The register page of a local APIC.
+/// The register page of a local APIC; all zeros where KVM has none, since the VMM emulates it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LapicV1(pub kvm_lapic_state);

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
@@ -65,6 +65,13 @@ fn check(result: libc::c_int) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Returns a second handle of `/dev/kvm`, which the caller keeps open; not checked to be one.
+pub fn borrow_kvm(kvm: BorrowedFd<'_>) -> io::Result<Kvm> {
+    let own = kvm.try_clone_to_owned()?;
+    // SAFETY: the descriptor is a fresh duplicate that nothing else owns.
+    Ok(unsafe { Kvm::from_raw_fd(own.into_raw_fd()) })
 }
 
 /// Returns a second handle of a VM that the caller keeps.
@@ -178,6 +185,11 @@ pub fn clear_dirty_log(
 /// A kick that arrives outside `KVM_RUN` stays pending and ends the next one at once, so none is
 /// lost between a test of a flag and the entry.
 pub fn set_signal_mask(vcpu: &VcpuFd, kick: libc::c_int) -> io::Result<()> {
+    block_during_run(vcpu, signal::all_but(kick))
+}
+
+/// Blocks the signals in `blocked` (signal 1 in bit 0), and no others, while `KVM_RUN` runs.
+pub fn block_during_run(vcpu: &VcpuFd, blocked: u64) -> io::Result<()> {
     #[repr(C)]
     struct Mask {
         len: u32,
@@ -187,10 +199,17 @@ pub fn set_signal_mask(vcpu: &VcpuFd, kick: libc::c_int) -> io::Result<()> {
     const _: () = assert!(size_of::<Mask>() == 4 + signal::KERNEL_SIGSET_BYTES);
     let arg = Mask {
         len: 8,
-        set: signal::all_but(kick).to_ne_bytes(),
+        set: blocked.to_ne_bytes(),
     };
     // SAFETY: the kernel reads the length and as many bytes of the set, all of them in `arg`.
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const arg) })
+}
+
+/// Undoes [`block_during_run`]: `KVM_RUN` has the mask of its thread again.
+pub fn keep_mask_during_run(vcpu: &VcpuFd) -> io::Result<()> {
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: a null argument takes the mask away; the kernel reads nothing.
+    check(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, none) })
 }
 
 /// Says whether the timer chip delivers ticks later that the guest was too slow to take.

@@ -157,6 +157,11 @@ impl VcpuRun {
         };
     }
 
+    /// Returns whether the next [`VcpuRun::run`] returns at once.
+    pub fn immediate_exit(&self) -> bool {
+        self.read::<u8>(offset_of!(kvm_run, immediate_exit)) != 0
+    }
+
     fn read<T: Copy>(&self, at: usize) -> T {
         assert!(
             at + size_of::<T>() <= size_of::<kvm_run>(),

@@ -36,6 +36,37 @@ pub fn all_but(signal: c_int) -> u64 {
     !(1_u64 << (signal - 1))
 }
 
+/// Changes the calling thread's mask; returns what it was.
+fn change_mask(how: c_int, set: u64) -> io::Result<u64> {
+    let mut before = 0_u64;
+    // SAFETY: both sets are `KERNEL_SIGSET_BYTES` long, as the last argument says, and live over
+    // the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            how,
+            &raw const set,
+            &raw mut before,
+            KERNEL_SIGSET_BYTES,
+        )
+    };
+    if result == 0 {
+        Ok(before)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Blocks `signal` in the calling thread, and returns the mask that it had (signal 1 in bit 0).
+pub fn block(signal: c_int) -> io::Result<u64> {
+    change_mask(libc::SIG_BLOCK, !all_but(signal))
+}
+
+/// Unblocks `signal` in the calling thread.
+pub fn unblock(signal: c_int) -> io::Result<()> {
+    change_mask(libc::SIG_UNBLOCK, !all_but(signal)).map(|_| ())
+}
+
 /// Takes every pending `signal` off the calling thread's queue; none pending is no error.
 pub fn consume(signal: c_int) {
     let set: u64 = !all_but(signal);
@@ -97,6 +128,20 @@ mod tests {
             send_to_thread(tid, kick).unwrap();
             consume(kick);
             consume(kick);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_signal_is_blocked_and_unblocked_alone() {
+        std::thread::spawn(|| {
+            let kick = default_kick();
+            let before = block(kick).unwrap();
+            assert_eq!(before & !all_but(kick), 0);
+            assert_eq!(block(kick).unwrap(), before | !all_but(kick));
+            unblock(kick).unwrap();
+            assert_eq!(block(kick).unwrap(), before);
         })
         .join()
         .unwrap();

@@ -5,6 +5,7 @@
     reason = "each test program uses its own part"
 )]
 
+pub mod c;
 pub mod livepointd;
 pub mod pagewriter;
 pub mod records;
