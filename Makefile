@@ -18,7 +18,7 @@ SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
 PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt $(PACKAGES_LAB)
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB)
 
 # Installs the Debian packages in $(1) that are missing, and says so.
 define need

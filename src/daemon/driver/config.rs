@@ -426,10 +426,11 @@ fn attach_flags(
     }
     redefine(call.driver, &domain, |old| {
         let xml = old.to_xml(XmlView::Inactive);
-        let with = xml.replacen("</devices>", &format!("{device}</devices>"), 1);
-        if with == xml {
-            return Err(not_supported("persistent attach", &kind));
-        }
+        // The last one: what programs keep in the document comes before it.
+        let end = xml.rfind("</devices>");
+        let end = end.ok_or_else(|| not_supported("persistent attach", &kind))?;
+        let (before, after) = xml.split_at(end);
+        let with = format!("{before}{device}{after}");
         parse_domain(&with)
     })
 }

@@ -1,15 +1,19 @@
 //! Checkpoints as jobs: how far they are, what they cost, and how to end them; and the hatch for
 //! what libvirt has no word for.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
-use crate::daemon::job::{Completed, Job};
+use crate::daemon::job::{Completed, Job, JobKind};
 use crate::daemon::managed::{Limits, Managed};
 use crate::daemon::worker;
+use crate::host::control::ControlClient;
 use crate::host::control::protocol::{JobId, Method};
-use crate::host::{CheckpointRequest, CheckpointSummary, ErrorCode};
+use crate::host::{CheckpointRequest, CheckpointSummary, ErrorCode, HostError};
 use crate::rpc::{
     Code, DomainRef, Event, List, Procedure, RpcError, TypedParam, TypedValue, procedure,
 };
@@ -33,6 +37,10 @@ const JOB_NONE: i32 = 0;
 const JOB_BOUNDED: i32 = 1;
 const JOB_COMPLETED: i32 = 3;
 
+/// How long a checkpoint waits for what one before it still holds, and how often it looks.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(15);
+const BUSY_POLL: Duration = Duration::from_millis(100);
+
 /// Takes a checkpoint of a running domain, as the job that the caller holds.
 pub(super) fn checkpoint(
     driver: &Livepoint,
@@ -45,24 +53,15 @@ pub(super) fn checkpoint(
         state.active()?;
         (state.name.clone(), state.limits)
     };
-    apply(limits, &mut request);
-    let mut worker = worker::connect(&driver.paths, &name)?;
-    let id = worker
-        .start_checkpoint(request)
-        .map_err(|error| failed(&error))?;
-    job.set_worker_job(id.job);
-    // An abort that came before there was anything to cancel.
-    if job.is_cancelled() {
-        worker::run(&driver.paths, &name, Method::JobCancel(id))?;
-    }
-    let done = worker.wait(id, |progress| job.set_progress(progress));
-    let summary = done.map_err(|error| match error.code() {
-        ErrorCode::Cancelled => RpcError::new(
-            Code::OperationAborted,
-            format!("{} job: canceled by client", job.kind.name()),
-        ),
-        _ => failed(&error),
-    })?;
+    apply(limits, job.kind, &mut request);
+    let summary =
+        run_checkpoint(driver, &name, job, &request).map_err(|error| match error.code() {
+            ErrorCode::Cancelled => RpcError::new(
+                Code::OperationAborted,
+                format!("{} job: canceled by client", job.kind.name()),
+            ),
+            _ => failed(&error),
+        })?;
     let completed = Completed::of(job, &summary);
     let params = completed.params.clone();
     domain.lock().completed = Some(completed);
@@ -70,10 +69,42 @@ pub(super) fn checkpoint(
     Ok(summary)
 }
 
+/// Has a worker take a checkpoint, and waits for its end.
+fn run_checkpoint(
+    driver: &Livepoint,
+    name: &str,
+    job: &Job,
+    request: &CheckpointRequest,
+) -> Result<CheckpointSummary, HostError> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    let mut worker = ControlClient::connect(&driver.paths.runtime, name)?;
+    loop {
+        let done = worker.start_checkpoint(request.clone()).and_then(|id| {
+            job.set_worker_job(id.job);
+            // An abort that came before there was anything to cancel.
+            if job.is_cancelled() {
+                let mut other = ControlClient::connect(&driver.paths.runtime, name)?;
+                other.run(Method::JobCancel(id))?;
+            }
+            worker.wait(id, |progress| job.set_progress(progress))
+        });
+        match done {
+            // A job that was cancelled has ended before its last write has, and holds its file.
+            Err(error) if error.code() == ErrorCode::Busy && Instant::now() < deadline => {
+                thread::sleep(BUSY_POLL);
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Puts promises that were made for all checkpoints of a domain in a request that makes none.
-fn apply(limits: Limits, request: &mut CheckpointRequest) {
-    let downtime_us = limits.max_downtime_ms.map(|ms| ms.saturating_mul(1000));
-    request.max_downtime_us = request.max_downtime_us.or(downtime_us);
+fn apply(limits: Limits, kind: JobKind, request: &mut CheckpointRequest) {
+    // A save ends with the guest stopped: it has no downtime to keep short.
+    if kind == JobKind::Snapshot {
+        let downtime_us = limits.max_downtime_ms.map(|ms| ms.saturating_mul(1000));
+        request.max_downtime_us = request.max_downtime_us.or(downtime_us);
+    }
     let bandwidth = limits.max_speed_mib.map(|mib| mib.saturating_mul(1 << 20));
     request.max_bandwidth = request.max_bandwidth.or(bandwidth);
 }

@@ -6,7 +6,7 @@ use super::{Answer, DriverCall, Livepoint, check_flags, parse_domain};
 use crate::daemon::definitions;
 use crate::daemon::job::JobKind;
 use crate::daemon::livepoint::Start;
-use crate::daemon::managed::{Managed, not_running};
+use crate::daemon::managed::{JobGuard, Managed, not_running};
 use crate::daemon::snapshots::Snapshots;
 use crate::daemon::state::{self, Paused, RunState, Running, Shutoff};
 use crate::daemon::worker::{self, Boot};
@@ -51,7 +51,7 @@ fn invalid(why: impl Into<String>) -> RpcError {
 
 /// Finds the domain that a document describes, or makes it. Refuses a name or a UUID that belongs
 /// to another one.
-pub(super) fn find_or_make(driver: &Livepoint, config: &DomainConfig) -> Answer<Arc<Managed>> {
+fn find_or_make(driver: &Livepoint, config: &DomainConfig) -> Answer<Arc<Managed>> {
     let failed = |why| RpcError::new(Code::OperationFailed, why);
     let name = config.name.as_str();
     let uuid = config.uuid;
@@ -78,6 +78,28 @@ pub(super) fn find_or_make(driver: &Livepoint, config: &DomainConfig) -> Answer<
     ));
     driver.registry.insert(domain.clone());
     Ok(domain)
+}
+
+/// Finds or makes the domain of a document and begins a job of it, in which it is to be started.
+pub(super) fn claim(
+    driver: &Livepoint,
+    config: &DomainConfig,
+    kind: JobKind,
+) -> Answer<(Arc<Managed>, JobGuard)> {
+    loop {
+        let domain = driver.with_membership(|| find_or_make(driver, config))?;
+        // Not while the list is held: whoever ends the job before this one may need it.
+        match domain.begin(kind) {
+            Ok(_) if domain.lock().live.is_some() => {
+                let why = format!("domain '{}' is already active", config.name);
+                return Err(invalid(why));
+            }
+            Ok(job) => return Ok((domain, job)),
+            // Found just before it was taken off the list.
+            Err(_) if domain.lock().is_gone => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn define(call: &DriverCall<'_>, (xml,): (String,)) -> Answer<DomainRef> {
@@ -197,15 +219,7 @@ fn create_xml(call: &DriverCall<'_>, (xml, flags): (String, u32)) -> Answer<Doma
     check_flags(flags, START_FLAGS, "virDomainCreateXML")?;
     let driver = call.driver;
     let config = Arc::new(parse_domain(&xml)?);
-    let (domain, _job) = driver.with_membership(|| {
-        let domain = find_or_make(driver, &config)?;
-        if domain.lock().live.is_some() {
-            let why = format!("domain '{}' is already active", config.name);
-            return Err(invalid(why));
-        }
-        let job = domain.begin(JobKind::Start)?;
-        Ok((domain, job))
-    })?;
+    let (domain, _job) = claim(driver, &config, JobKind::Start)?;
     let start = Start {
         boot: Boot::Fresh(&config),
         paused: flags & START_PAUSED != 0,

@@ -7,7 +7,7 @@ use rustix::fs::{XattrFlags, getxattr, setxattr};
 use uuid::Uuid;
 
 use super::jobs::checkpoint;
-use super::lifecycle::find_or_make;
+use super::lifecycle::claim;
 use super::{Answer, DriverCall, Livepoint, check_flags, parse_domain};
 use crate::daemon::error::failed;
 use crate::daemon::job::JobKind;
@@ -169,17 +169,7 @@ fn restore_flags(
     let image = check(&from, flags, "virDomainRestoreFlags")?;
     let driver = call.driver;
     let config = Arc::new(config_of(&image)?);
-    let (domain, _job) = driver.with_membership(|| {
-        let domain = find_or_make(driver, &config)?;
-        if domain.lock().live.is_some() {
-            return Err(RpcError::new(
-                Code::OperationFailed,
-                format!("domain '{}' is already active", config.name),
-            ));
-        }
-        let job = domain.begin(JobKind::Restore)?;
-        Ok((domain, job))
-    })?;
+    let (domain, _job) = claim(driver, &config, JobKind::Restore)?;
     let start = Start {
         boot: Boot::Image(&image),
         paused: flags & PAUSED != 0 || (flags & RUNNING == 0 && was_paused(&image)),

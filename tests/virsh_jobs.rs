@@ -1,0 +1,231 @@
+//! Checkpoints as jobs of libvirt's: what they cost a guest that works, how far they are, and that
+//! what they save is right.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod common;
+
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::livepointd::Daemon;
+use common::{have_kvm, wait_line};
+
+/// How long a guest may take to print what it is waited for.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Defines and starts a guest whose console goes to a file; returns the file.
+fn start(daemon: &Daemon, guest: &str, mib: u32) -> std::path::PathBuf {
+    let console = daemon.path("console");
+    let device = format!(
+        "<serial type='file'><source path='{}' append='on'/></serial>",
+        console.display()
+    );
+    let file = daemon.domain("d", guest, mib, &device);
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    daemon.ok(&["start", "d"]);
+    console
+}
+
+/// Returns a figure of the last job.
+fn completed(daemon: &Daemon, name: &str) -> u64 {
+    let args = [
+        "domjobinfo",
+        "d",
+        "--completed",
+        "--keep-completed",
+        "--rawstats",
+        "--anystats",
+    ];
+    let text = daemon.ok(&args);
+    let value = text.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then(|| value.trim().parse().unwrap())
+    });
+    value.unwrap_or_else(|| panic!("no {name} in {text}"))
+}
+
+fn worker_pid(daemon: &Daemon) -> String {
+    let answer = daemon.ok(&[
+        "qemu-monitor-command",
+        "d",
+        r#"{"execute":"livepoint-status"}"#,
+    ]);
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    answer["return"]["pid"].to_string()
+}
+
+#[test]
+fn a_computation_whose_process_is_killed_verifies_after_a_revert() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let console = start(&daemon, "npb kernel=mg class=W repeat=30", 96);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("iteration"));
+    daemon.ok(&["snapshot-create-as", "d", "s", "--live"]);
+    assert_eq!(daemon.state("d"), "running");
+    let pid = worker_pid(&daemon);
+    let killed = std::process::Command::new("kill")
+        .args(["-9", &pid])
+        .status();
+    assert!(killed.unwrap().success());
+    daemon.wait_state("d", "shut off");
+    assert_eq!(
+        daemon.ok(&["domstate", "d", "--reason"]),
+        "shut off (crashed)"
+    );
+    let printed_before = fs::read_to_string(&console).unwrap().len();
+    daemon.ok(&["snapshot-revert", "d", "s"]);
+    let done = |line: &str| line.starts_with("npb: done");
+    wait_line(&console, GUEST_TIMEOUT, done);
+    let printed = fs::read_to_string(&console).unwrap();
+    let after = &printed[printed_before..];
+    assert!(after.contains("Verification = SUCCESSFUL"), "{after}");
+    assert!(
+        !after.contains("UNSUCCESSFUL") && after.contains("failed=0"),
+        "{after}"
+    );
+    daemon.wait_state("d", "shut off");
+}
+
+#[test]
+fn a_job_tells_how_far_it_is_and_ends_when_it_is_told_to() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    // Most of its memory is not zeros, so that it takes a minute at a mebibyte a second.
+    let console = start(&daemon, "pagewriter ws=64M", 128);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("ready"));
+    daemon.ok(&["migrate-setspeed", "d", "1"]);
+    assert_eq!(daemon.ok(&["migrate-getspeed", "d"]), "1");
+    let snapshot = daemon
+        .virsh_command(&["snapshot-create-as", "d", "s", "--live"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let figures = loop {
+        let info = daemon.ok(&["domjobinfo", "d"]);
+        let is_copying = info.lines().any(|line| {
+            let processed = line.strip_prefix("Memory processed:").map(str::trim);
+            processed.is_some_and(|processed| processed != "0.000 B")
+        });
+        if is_copying && info.contains("Bounded") {
+            break info;
+        }
+        assert!(start.elapsed() < GUEST_TIMEOUT, "{info}\n{}", daemon.log());
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(figures.contains("Operation:        Snapshot"), "{figures}");
+    assert!(
+        figures.contains("Memory total:     128.000 MiB"),
+        "{figures}"
+    );
+    // Another change has to wait, but the state is told at once.
+    let control = daemon.ok(&["domcontrol", "d"]);
+    assert!(control.starts_with("background job"), "{control}");
+    let asked = Instant::now();
+    daemon.ok(&["domjobabort", "d"]);
+    let output = snapshot.wait_with_output().unwrap();
+    assert!(
+        asked.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        asked.elapsed()
+    );
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(
+        errors.contains("operation aborted: snapshot job: canceled by client"),
+        "{errors}"
+    );
+    assert_eq!(daemon.state("d"), "running");
+    assert_eq!(daemon.ok(&["snapshot-list", "d", "--name"]), "");
+    // The same name is free, and the limit is gone with a limit of none.
+    daemon.ok(&["migrate-setspeed", "d", "0"]);
+    daemon.ok(&["snapshot-create-as", "d", "s", "--live"]);
+    assert_eq!(completed(&daemon, "memory_total"), 128 << 20);
+}
+
+#[test]
+fn the_gap_that_a_guest_sees_is_the_downtime_that_the_job_tells() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let console = start(&daemon, "pagewriter ws=64M", 128);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("ready"));
+    let xml = daemon.path("snapshot.xml");
+    // All is written while the guest stands still: a gap that cannot be mistaken for another.
+    fs::write(
+        &xml,
+        "<domainsnapshot><name>s</name>\
+         <c:checkpoint xmlns:c='urn:livepoint:1' protocol='stop'/></domainsnapshot>",
+    )
+    .unwrap();
+    daemon.ok(&["snapshot-create", "d", xml.to_str().unwrap()]);
+    let downtime_us = completed(&daemon, "livepoint.downtime_us");
+    // Gaps are told in cycles, and the rate of the cycles in the line of the layout.
+    let khz = wait_line(&console, GUEST_TIMEOUT, |line| line.contains("tsc_khz="));
+    let khz = number(&khz, "tsc_khz=").unwrap();
+    let fits = |line: &str| {
+        let gap_us = number(line, "max_gap=").map(|cycles| cycles * 1000 / khz);
+        gap_us.is_some_and(|gap| gap >= downtime_us && gap < downtime_us * 2 + 50_000)
+    };
+    wait_line(&console, GUEST_TIMEOUT, |line| {
+        line.starts_with("tick") && fits(line)
+    });
+}
+
+#[test]
+fn virt_install_makes_a_domain_that_boots_a_kernel_directly() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let kernel = daemon.path("echo.elf");
+    fs::write(&kernel, livepoint::guests::find("echo").unwrap().elf).unwrap();
+    let boot = format!("kernel={},kernel_args=word", kernel.display());
+    let output = std::process::Command::new("timeout")
+        .args([
+            "120",
+            "virt-install",
+            "--connect",
+            &daemon.uri(),
+            "--import",
+            "--name",
+            "vi",
+        ])
+        .args([
+            "--memory", "64", "--vcpus", "1", "--boot", &boot, "--disk", "none",
+        ])
+        .args(["--network", "none", "--graphics", "none", "--noautoconsole"])
+        .args(["--osinfo", "detect=off,require=off"])
+        .output()
+        .unwrap();
+    let printed = [output.stdout, output.stderr].concat();
+    let printed = String::from_utf8(printed).unwrap();
+    assert!(output.status.success(), "{printed}\n{}", daemon.log());
+    assert!(printed.contains("Domain creation completed."), "{printed}");
+    let info = daemon.ok(&["dominfo", "vi"]);
+    for line in [
+        "State:          running",
+        "Persistent:     yes",
+        "Max memory:     65536 KiB",
+    ] {
+        assert!(info.contains(line), "{info}");
+    }
+    assert!(
+        daemon
+            .ok(&["dumpxml", "vi"])
+            .contains("<cmdline>word</cmdline>")
+    );
+}
+
+/// Returns the number behind `key` in a line.
+fn number(line: &str, key: &str) -> Option<u64> {
+    let (_, rest) = line.split_once(key)?;
+    rest.split_whitespace().next()?.parse().ok()
+}
