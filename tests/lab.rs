@@ -17,14 +17,20 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// How long one job may take. The slowest takes two minutes on two idle cores.
-const JOB_TIMEOUT: Duration = Duration::from_secs(900);
+/// How long one job may take, on a host that is busy with others.
+const JOB_TIMEOUT: Duration = Duration::from_secs(1500);
 
 /// What each job proves is said at its beginning.
-const JOBS: &[(&str, &str)] = &[(
-    "a_stock_kernel_boots_to_a_shell_and_powers_off",
-    "linux-boot",
-)];
+const JOBS: &[(&str, &str)] = &[
+    (
+        "built_in_guests_run_on_through_checkpoints_of_every_protocol",
+        "builtin",
+    ),
+    (
+        "a_stock_kernel_boots_to_a_shell_and_powers_off",
+        "linux-boot",
+    ),
+];
 
 /// The L1 machine, while it runs.
 struct Lab {
@@ -116,6 +122,14 @@ impl Drop for Lab {
 fn check(lab: &Mutex<Option<Lab>>, name: &str, job: &str) -> Result<(), Failed> {
     if env::var_os("LIVEPOINT_NO_LAB").is_some_and(|value| value == "1") {
         common::skip(name, "LIVEPOINT_NO_LAB=1");
+        return Ok(());
+    }
+    if cfg!(debug_assertions) {
+        // Emulated, it compresses a piece of memory in seconds, which the watchdog does not wait for.
+        common::skip(
+            name,
+            "a debug build is too slow in an emulated machine: use --release",
+        );
         return Ok(());
     }
     let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);

@@ -26,6 +26,9 @@ for example in shell smp; do
     say 'echo devices: $(ls /sys/bus/acpi/devices); echo source $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)'
     wait_for 30 'source (kvm-clock|tsc)'
     lines 'devices:.*PNP0A03' > /dev/null || fail "no PCI root bridge"
+    mark
+    say 'echo +2 > /sys/class/rtc/rtc0/wakealarm; sleep 5; grep rtc0 /proc/interrupts | sed s/^/alarm:/'
+    wait_for 60 'alarm: *8:.*[1-9].*rtc0'
     if [ $example = shell ]; then
         mark
         say 'reboot -f'

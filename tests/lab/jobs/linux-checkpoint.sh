@@ -13,7 +13,7 @@ for protocol in $protocols; do
     rm -f image.lpi
     checkpoint linux-smp --protocol "$protocol" --out image.lpi --json > figures.json
     kill_vm
-    echo "$protocol: $(grep -oE '"(protocol|fallback|downtime_us|total_us)": *[^,]*' figures.json | tr '\n' ' ')"
+    say_figures "$protocol"
     before=$(grep -aoE 'sums: round [0-9]+' console | tail -n 1 | grep -oE '[0-9]+')
     mark
     start_vm restore image.lpi
