@@ -76,6 +76,12 @@ header: ## copies the generated C header to include/
 	$(CARGO) build --release --lib
 	cp "$$(ls -t $(TARGET)/release/build/livepoint-*/out/livepoint.h | head -n 1)" include/livepoint.h
 
+# Writes $(1) to $(2), with the places of this installation.
+define substitute
+sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
+	-e 's|@SOVERSION@|$(SOVERSION)|' $(1) > $(DESTDIR)$(2)
+endef
+
 install: build ## into $(DESTDIR)$(PREFIX)
 	install -Dm755 $(TARGET)/release/livepoint $(DESTDIR)$(PREFIX)/bin/livepoint
 	install -Dm755 $(TARGET)/release/livepointd $(DESTDIR)$(PREFIX)/bin/livepointd
@@ -87,9 +93,11 @@ install: build ## into $(DESTDIR)$(PREFIX)
 	ln -sf liblivepoint.so.$(VERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(SOVERSION)
 	ln -sf liblivepoint.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so
 	install -Dm644 include/livepoint.h $(DESTDIR)$(PREFIX)/include/livepoint.h
-	install -d $(DESTDIR)$(LIBDIR)/pkgconfig
-	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
-		packaging/livepoint.pc.in > $(DESTDIR)$(LIBDIR)/pkgconfig/livepoint.pc
+	install -Dm644 include/livepoint.hpp $(DESTDIR)$(PREFIX)/include/livepoint.hpp
+	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(LIBDIR)/cmake/livepoint
+	$(call substitute,packaging/livepoint.pc.in,$(LIBDIR)/pkgconfig/livepoint.pc)
+	$(call substitute,packaging/livepoint-config.cmake.in,$(LIBDIR)/cmake/livepoint/livepoint-config.cmake)
+	$(call substitute,packaging/livepoint-config-version.cmake.in,$(LIBDIR)/cmake/livepoint/livepoint-config-version.cmake)
 	install -d $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples
 	install -m644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs/*.md $(DESTDIR)$(PREFIX)/share/doc/livepoint/
 	cp -r examples/. $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples/

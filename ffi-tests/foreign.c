@@ -325,6 +325,10 @@ static void finish(lvp_job *job)
         fprintf(stderr, "%s: %s\n", variant->name, lvp_job_error(job));
         exit(1);
     }
+    char *json = NULL;
+    CHECK(lvp_job_inspect(job, &json));
+    EXPECT(strstr(json, "\"downtime_us\"") != NULL);
+    lvp_string_free(json);
     lvp_job_free(job);
 }
 

@@ -29,6 +29,11 @@
 #define LVP_VERSION_STRING "0.1.0"
 
 /**
+ * Room for the name of an element, with the zero byte that ends it.
+ */
+#define LVP_XML_ELEMENT_SIZE 64
+
+/**
  * Longest name of a section, with the zero byte that ends it and room up to a multiple of 8.
  */
 #define LVP_SECTION_KIND_SIZE 72
@@ -73,6 +78,30 @@ typedef struct lvp_state lvp_state;
  * know, since later versions may add some. Values are never reused.
  */
 typedef int32_t lvp_status;
+
+/**
+ * A place in a document. Set struct_size before the call.
+ *
+ * Since: 0.1
+ */
+typedef struct {
+  /**
+   * sizeof(lvp_xml_place), as the caller was compiled.
+   */
+  size_t struct_size;
+  /**
+   * Line, from 1.
+   */
+  uint32_t line;
+  /**
+   * Column in characters, from 1.
+   */
+  uint32_t column;
+  /**
+   * The element there, ended by a zero byte; empty where none is open. Cut where it is longer.
+   */
+  char element[LVP_XML_ELEMENT_SIZE];
+} lvp_xml_place;
 
 /**
  * Options of a machine. Zero the struct, set struct_size, then what you care about.
@@ -678,6 +707,34 @@ const char *lvp_version_string(void);
 const char *lvp_error_message(void);
 
 /**
+ * Checks domain XML without a machine, and returns it in its canonical form: what
+ * lvp_machine_new() would make of it, with every default.
+ *
+ * @param xml            zero-terminated UTF-8, borrowed for the call
+ * @param canonical_out  receives the canonical form; release it with lvp_string_free(). May be
+ *                       NULL.
+ * @param place_out      receives the place of the error where the XML is refused, and only then:
+ *                       set place_out->struct_size first. May be NULL.
+ *
+ * Returns LVP_OK; LVP_E_INVALID (NULL, or the XML is malformed), LVP_E_UNSUPPORTED (it asks for
+ * what no machine of this library has); the message names line and element. Opens no file. Does
+ * not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_domain_check(const char *xml, char **canonical_out, lvp_xml_place *place_out);
+
+/**
+ * Asks whether this host can run machines: /dev/kvm with all that they need.
+ *
+ * Returns LVP_OK; LVP_E_HOST (the message says what is missing, and what may help). Makes and
+ * drops an empty VM. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_host_check(void);
+
+/**
  * Makes a machine from libvirt domain XML. Nothing runs yet.
  *
  * @param xml          zero-terminated UTF-8, borrowed for the call; docs/domain-xml.md says what
@@ -822,6 +879,40 @@ lvp_status lvp_machine_checkpoint(lvp_machine *machine,
 void lvp_machine_free(lvp_machine *machine);
 
 /**
+ * Resets the machine, as its reset button would: it starts from the beginning.
+ *
+ * Returns LVP_OK; LVP_E_INVALID, LVP_E_STATE (it does not run). Blocks until the vCPUs have
+ * stopped and the kernel is read again. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_reset(lvp_machine *machine);
+
+/**
+ * Returns the machine's domain XML; while it runs, with its id and the paths of its consoles.
+ *
+ * @param xml_out  receives the text; release it with lvp_string_free()
+ *
+ * Returns LVP_OK; LVP_E_INVALID. Does not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_xml(const lvp_machine *machine, char **xml_out);
+
+/**
+ * Describes the machine in figures, as JSON: name, UUID, state, vCPUs, memory, consoles and the
+ * checkpoint that runs, as `livepoint list --json` does. A console's path can be opened to read
+ * and write what the guest's serial port does.
+ *
+ * @param json_out  receives the text; release it with lvp_string_free()
+ *
+ * Returns LVP_OK; LVP_E_INVALID. Does not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_inspect(const lvp_machine *machine, char **json_out);
+
+/**
  * Returns a descriptor that becomes readable when the job has ended, for poll(2) and the like.
  *
  * Owned by the job: do not read, write or close it; it is closed by lvp_job_free(). Returns -1
@@ -889,6 +980,20 @@ lvp_status lvp_job_statistics(const lvp_job *job, lvp_statistics *statistics_out
  * Since: 0.1
  */
 lvp_status lvp_job_image(const lvp_job *job, const char **path_out);
+
+/**
+ * Returns everything that was measured of a checkpoint, once it is complete, as JSON: what
+ * `livepoint checkpoint --json` prints, with the protocol that was taken and why, the parts of the
+ * downtime, and by how much a promise was missed.
+ *
+ * @param json_out  receives the text; release it with lvp_string_free()
+ *
+ * Returns LVP_OK; LVP_E_INVALID; LVP_E_TIMEOUT while the job runs; the job's own error if it
+ * failed. Does not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_job_inspect(const lvp_job *job, char **json_out);
 
 /**
  * Returns why the job failed, in English, on one line.

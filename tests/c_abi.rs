@@ -75,21 +75,155 @@ fn valgrind_finds_no_error_and_no_leak_in_the_story() {
     if !have_kvm() {
         return;
     }
-    let known = format!(
-        "--suppressions={}",
-        root().join("ffi-tests/valgrind.supp").display()
+    let known = known();
+    let wrapper: Vec<_> = MEMCHECK.into_iter().chain([&*known]).collect();
+    story(&wrapper, LONG_ENOUGH);
+}
+
+/// A whole image of a guest, made by an older build.
+fn golden() -> PathBuf {
+    root().join("tests/golden/format-0.1-lz4.lpi")
+}
+
+const MEMCHECK: [&str; 6] = [
+    "valgrind",
+    "--quiet",
+    "--leak-check=full",
+    "--show-leak-kinds=definite,indirect,possible",
+    "--errors-for-leak-kinds=definite,indirect,possible",
+    "--error-exitcode=99",
+];
+
+/// Returns what valgrind need not report.
+fn known() -> String {
+    let file = root().join("ffi-tests/valgrind.supp");
+    format!("--suppressions={}", file.display())
+}
+
+#[test]
+fn every_function_refuses_what_it_must_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "ffi-tests/every.c", &[]);
+    run(Command::new(&program).arg(golden()).arg(dir.path()));
+    // The same under valgrind.
+    run(Command::new(MEMCHECK[0])
+        .args(&MEMCHECK[1..])
+        .arg(known())
+        .arg(&program)
+        .arg(golden())
+        .arg(dir.path()));
+    // And the C side with gcc's sanitizers.
+    let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover"];
+    let checked = compile(dir.path(), "ffi-tests/every.c", &flags);
+    run(Command::new(checked).arg(golden()).arg(dir.path()));
+}
+
+#[test]
+fn every_exported_function_is_called_by_a_c_program() {
+    let sources = [
+        "ffi-tests/every.c",
+        "ffi-tests/foreign.c",
+        "ffi-tests/story.c",
+        "examples/c/own_vmm.c",
+    ];
+    let text: String = sources
+        .iter()
+        .map(|source| fs::read_to_string(root().join(source)).unwrap())
+        .collect();
+    let exports = fs::read_to_string(root().join("ffi-tests/exports.txt")).unwrap();
+    let uncalled: Vec<_> = exports
+        .lines()
+        .filter(|name| !text.contains(&format!("{name}(")))
+        .collect();
+    assert!(uncalled.is_empty(), "never called: {uncalled:?}");
+}
+
+#[test]
+fn a_program_compiled_against_an_older_header_runs() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Its option structs are shorter. Found before the header of now.
+    let old = root().join("ffi-tests/old");
+    let flags = ["-D_POSIX_C_SOURCE=200809L", "-I", old.to_str().unwrap()];
+    let program = compile(dir.path(), "ffi-tests/story.c", &flags);
+    let xml = domain(dir.path(), LONG_ENOUGH);
+    run(Command::new(program)
+        .arg(xml)
+        .arg(dir.path())
+        .arg(dir.path().join("run")));
+}
+
+#[test]
+fn python_reads_an_image() {
+    let script = root().join("examples/python/read_image.py");
+    let python = |arguments: &[&str]| {
+        let output = run(Command::new("python3")
+            .env("LIBLIVEPOINT", library())
+            .arg(&script)
+            .arg(golden())
+            .args(arguments));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let said = python(&[]);
+    assert!(said.contains("memory  slot 0"), "{said}");
+    assert!(said.contains("state   "), "{said}");
+    let gpa = said
+        .split(" bytes at ")
+        .nth(1)
+        .and_then(|rest| rest.lines().next());
+    let bytes = python(&[gpa.unwrap(), "16"]);
+    assert_eq!(bytes.split_whitespace().count(), 16, "{bytes}");
+}
+
+#[test]
+fn python_finds_how_far_a_saved_computation_was() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "examples/c/own_vmm.c", &[]);
+    let image = dir.path().join("npb.lpi");
+    run(Command::new(program)
+        .arg(guest_file(dir.path(), "npb"))
+        .arg(format!("kernel=mg class=S repeat={LONG_ENOUGH}"))
+        .args([image.as_path(), Path::new("stop")]));
+    let output = run(Command::new("python3")
+        .env("LIBLIVEPOINT", library())
+        .arg(root().join("examples/python/read_image.py"))
+        .arg(image));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let progress = said.lines().find(|line| line.starts_with("NPB "));
+    assert!(
+        progress.is_some_and(|line| line.ends_with(" of 4")),
+        "MG of class S has four iterations: {said}"
     );
-    story(
-        &[
-            "valgrind",
-            "--quiet",
-            &known,
-            "--leak-check=full",
-            "--show-leak-kinds=definite,indirect,possible",
-            "--errors-for-leak-kinds=definite,indirect,possible",
-            "--error-exitcode=99",
-        ],
-        LONG_ENOUGH,
+}
+
+#[test]
+fn the_cpp_example_compiles_and_says_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    // For the library beside it.
+    compile(dir.path(), "ffi-tests/every.c", &[]);
+    let program = dir.path().join("monitor");
+    run(Command::new("g++")
+        .args(["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror"])
+        .arg("-I")
+        .arg(root().join("include"))
+        .arg(root().join("examples/cpp/monitor.cpp"))
+        .arg("-L")
+        .arg(dir.path())
+        .args(["-llivepoint", "-Wl,-rpath,$ORIGIN", "-o"])
+        .arg(&program));
+    let xml = dir.path().join("wrong.xml");
+    fs::write(&xml, "<domain type='kvm'><nonsense/></domain>").unwrap();
+    let refused = Command::new(program).arg(&xml).arg("x").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        said.contains("nonsense") && said.contains("status -1"),
+        "{said}"
     );
 }
 
@@ -105,6 +239,7 @@ fn the_header_compiles_as_c_and_as_cpp_by_itself() {
     for (compiler, standard) in [
         ("gcc", "-std=c99"),
         ("gcc", "-std=c11"),
+        ("gcc", "-std=c17"),
         ("gcc", "-std=c2x"),
         ("g++", "-std=c++17"),
     ] {

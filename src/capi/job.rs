@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use super::image::give_text;
 use super::out::{SizedOut, fill};
 use super::status::{Failure, LVP_OK, guard, lvp_status};
 use super::{handle, write_out};
@@ -252,6 +253,33 @@ pub unsafe extern "C" fn lvp_job_image(
         });
         // SAFETY: the caller's contract.
         unsafe { write_out(path_out, path.as_ptr(), "path_out") }
+    })
+}
+
+/// Returns everything that was measured of a checkpoint, once it is complete, as JSON: what
+/// `livepoint checkpoint --json` prints, with the protocol that was taken and why, the parts of the
+/// downtime, and by how much a promise was missed.
+///
+/// @param json_out  receives the text; release it with lvp_string_free()
+///
+/// Returns LVP_OK; LVP_E_INVALID; LVP_E_TIMEOUT while the job runs; the job's own error if it
+/// failed. Does not block. Thread-safe.
+///
+/// Since: 0.1
+///
+/// # Safety
+/// `job` is NULL or a live handle; `json_out` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lvp_job_inspect(
+    job: *const lvp_job,
+    json_out: *mut *mut c_char,
+) -> lvp_status {
+    guard(|| {
+        // SAFETY: the caller's contract.
+        let result = unsafe { handle(job, "job") }?.result();
+        let summary = result.ok_or_else(|| Failure::timeout("the job still runs"))??;
+        // SAFETY: the caller's contract.
+        unsafe { give_text(json_out, summary.to_json(), "json_out") }
     })
 }
 

@@ -16,7 +16,7 @@ use crate::host::{Domain, DomainOptions, EndReason, MachineState, RestoreOptions
 /// or while the handle is freed.
 #[derive(Debug)]
 pub struct lvp_machine {
-    domain: Arc<Domain>,
+    pub(super) domain: Arc<Domain>,
 }
 
 /// What a machine is doing. A program must expect values that it does not know.

@@ -10,11 +10,13 @@
 #![expect(non_camel_case_types, reason = "the names are C's")]
 
 mod callbacks;
+mod domain;
 mod guest;
 mod guest_vcpu;
 mod image;
 mod job;
 mod machine;
+mod machine_query;
 mod options;
 mod out;
 mod state;
@@ -22,11 +24,13 @@ mod status;
 mod version;
 
 pub use callbacks::*;
+pub use domain::*;
 pub use guest::*;
 pub use guest_vcpu::*;
 pub use image::*;
 pub use job::*;
 pub use machine::*;
+pub use machine_query::*;
 pub use options::*;
 pub use state::*;
 pub use status::*;

@@ -392,6 +392,11 @@ impl Domain {
         FinalState::of(&inner.machine.as_ref()?.state())
     }
 
+    /// Returns the domain in figures, as JSON.
+    pub fn status_json(&self) -> String {
+        serde_json::to_string_pretty(&self.status()).expect("a status is plain data")
+    }
+
     /// Returns the domain's XML as it runs.
     pub fn xml(&self) -> String {
         let inner = self.lock();

@@ -43,6 +43,11 @@ pub use request::{
 };
 pub use runtime::RuntimeDir;
 
+/// Fails where this host cannot run machines, and says what it lacks.
+pub fn check_host() -> Result<(), HostError> {
+    machine_facts().map(|_| ())
+}
+
 /// Returns what this host offers to machines.
 fn machine_facts() -> Result<crate::state::HostFacts, HostError> {
     let kvm = machine::open_kvm()?;

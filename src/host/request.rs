@@ -190,6 +190,13 @@ pub struct CheckpointSummary {
     pub statistics: serde_json::Value,
 }
 
+impl CheckpointSummary {
+    /// Returns all of it as JSON.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a summary is plain data")
+    }
+}
+
 /// What a checkpoint cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Figures {
