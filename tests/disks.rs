@@ -18,7 +18,7 @@ use livepoint::machine::spec::{
     SerialSpec, Source,
 };
 use livepoint::machine::{Machine, MachineError, MachineState};
-use livepoint::restore::eager;
+use livepoint::restore::{disks, eager};
 use livepoint::store::{FileStorage, ImageReader};
 
 const MIB: u64 = 1 << 20;
@@ -173,7 +173,7 @@ fn a_disk_is_locked_for_one_machine_and_the_refusal_names_it() {
     wait_for_end(&again);
 }
 
-/// Copies the disk in the pause of a checkpoint, as the checkpoint itself is to have it.
+/// Takes a checkpoint, and copies the disk in its pause: the image must have the same disk.
 fn checkpoint_with_disk(bench: &Bench, machine: &Arc<Machine>, protocol: Protocol) {
     let copied = Arc::new(Mutex::new(0_u32));
     let mut options = CheckpointOptions::default();
@@ -186,9 +186,17 @@ fn checkpoint_with_disk(bench: &Bench, machine: &Arc<Machine>, protocol: Protoco
     }));
     let storage = Arc::new(FileStorage);
     let image = bench.path("image.lpi");
-    let job = checkpoint::start(machine.clone(), storage, image, options).unwrap();
+    let job = checkpoint::start(machine.clone(), storage, &image, options).unwrap();
     job.wait()
         .unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
+    // The guest has written on since the pause: the image has what was there then.
+    let reader = ImageReader::open(&FileStorage, &image).unwrap();
+    assert_eq!(reader.manifest().disks.len(), 1);
+    let disk = File::create_new(bench.path("from-image.raw")).unwrap();
+    disks::write(&reader, 0, &disk).unwrap();
+    let read = |name: &str| fs::read(bench.path(name)).unwrap();
+    assert!(read("from-image.raw") == read("copy.raw"), "{protocol}");
+    reader.verify(2).unwrap();
     assert_eq!(*copied.lock().unwrap(), 1);
 }
 
@@ -211,8 +219,8 @@ fn a_disk_and_the_memory_of_one_pause_fit_each_other_by_every_protocol() {
     }
     let mut in_flight = 0;
     for (protocol, number) in Protocol::CAPTURING.into_iter().zip(1..) {
-        let bench = Bench::new(2);
-        let machine = bench.start("batch=8 tick=1000000", bench.disk_spec(&bench.disk));
+        let bench = Bench::new(16);
+        let machine = bench.start("batch=16 tick=1000000", bench.disk_spec(&bench.disk));
         bench.wait_line("console", "virtio: blk ready");
         bench.wait_acknowledged(&machine, 64);
         std::thread::sleep(Duration::from_millis(37 * number));
@@ -221,10 +229,14 @@ fn a_disk_and_the_memory_of_one_pause_fit_each_other_by_every_protocol() {
         let last = bench.header(machine.regions()).acknowledged;
         bench.wait_acknowledged(&machine, last + 1);
         drop(machine);
-        let restored = restore(&bench, &bench.path("image.lpi"), &bench.path("copy.raw"));
+        let restored = restore(
+            &bench,
+            &bench.path("image.lpi"),
+            &bench.path("from-image.raw"),
+        );
         let header = bench.header(restored.regions());
         assert!((64..=last).contains(&header.acknowledged));
-        in_flight += header.check(&bench.path("copy.raw"));
+        in_flight += header.check(&bench.path("from-image.raw"));
         restored.start(true).unwrap();
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(bench.header(restored.regions()), header, "started paused");
@@ -233,7 +245,7 @@ fn a_disk_and_the_memory_of_one_pause_fit_each_other_by_every_protocol() {
         restored.pause_by_user().unwrap();
         bench
             .header(restored.regions())
-            .check(&bench.path("copy.raw"));
+            .check(&bench.path("from-image.raw"));
     }
     println!("{in_flight} records were on their way");
 }

@@ -58,6 +58,15 @@ pub enum CheckpointError {
         #[source]
         source: Arc<StoreError>,
     },
+    /// A disk of the guest could not be read. The guest's own writes are not affected.
+    #[error("could not copy disk {disk}")]
+    Disk {
+        /// Its name.
+        disk: String,
+        /// Why it could not be read.
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// The host refused memory, a thread or a descriptor.
     #[error("could not get {what}")]
     Resource {

@@ -32,6 +32,7 @@ mod capture;
 mod commit;
 mod control;
 mod crew;
+mod disks;
 mod error;
 mod job;
 mod layout;

@@ -16,6 +16,7 @@ use crate::checkpoint::capture::touched_pages;
 use crate::checkpoint::commit::GatedStorage;
 use crate::checkpoint::control::Control;
 use crate::checkpoint::crew::{Crew, guarded, thread_cpu_ns};
+use crate::checkpoint::disks::{self, DiskCopies};
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::job::{Job, JobShared, Report};
 use crate::checkpoint::layout::Layout;
@@ -113,6 +114,9 @@ pub(crate) struct Session {
     pub(crate) capture: Crew,
     /// Threads that only write the image.
     pub(crate) writers: Crew,
+    /// Threads that copy the guest's disks.
+    disk_crew: Crew,
+    disks: Option<DiskCopies>,
     pub(crate) tally: Arc<Tally>,
     pub(crate) statistics: Statistics,
     /// The pause, as far as it is known when it ends.
@@ -170,6 +174,8 @@ impl Session {
             )),
             capture: Crew::new(control.clone(), cpu.clone()),
             writers: Crew::new(control.clone(), cpu.clone()),
+            disk_crew: Crew::new(control.clone(), cpu.clone()),
+            disks: None,
             tally: Arc::default(),
             guest,
             layout,
@@ -228,8 +234,15 @@ impl Session {
             None => storage,
         };
         let image = self.begin_image(storage, path)?;
-        self.image = Some(Arc::new(image));
+        let image = Arc::new(image);
+        self.image = Some(image.clone());
+        let disks = self.guest.disks();
+        let copies = DiskCopies::new(disks, &image, &self.control, &mut self.disk_crew)?;
+        self.disks = Some(copies);
+        drop(image);
         let captured = protocol::capture(self)?;
+        self.disk_crew.join()?;
+        self.disks = None;
         self.job.enter(Phase::Committing)?;
         self.commit(captured)
     }
@@ -254,12 +267,15 @@ impl Session {
             estimate_bytes(touched)
         });
         self.control.check()?;
+        let (copied, named) = disks::describe(&self.guest.disks());
         let options = WriteOptions {
             codec: self.options.codec,
             durable: self.options.durable,
             spare: self.options.spare.clone(),
             guest_waits: self.options.protocol == Protocol::Stop,
             expected_bytes,
+            disks: copied,
+            read_only_disks: named,
         };
         self.offload("lvp-create", move || {
             ImageWriter::create(storage, &path, &regions, &options)
@@ -364,6 +380,9 @@ impl Session {
         let capturing = Instant::now();
         last_pages(self)?;
         downtime.last_pages_us = micros(capturing.elapsed());
+        if let Some(disks) = &self.disks {
+            disks.begin();
+        }
         let hook = self.run_hook();
         let times = PauseTimes {
             started: pause.started,
@@ -371,6 +390,9 @@ impl Session {
             hook,
         };
         pause.end()?;
+        if let Some(disks) = &mut self.disks {
+            disks.go();
+        }
         downtime.hook_us = micros(hook);
         self.statistics.downtime = downtime;
         self.pause = Some(times);
@@ -417,6 +439,9 @@ impl Session {
     /// The guest runs and its log is off already.
     fn tear_down(&mut self) {
         let deadline = Instant::now() + TEARDOWN_PATIENCE;
+        // First: nobody waits for a disk that is copied no more.
+        self.disks = None;
+        self.disk_crew.join_until(deadline);
         self.capture.join_until(deadline);
         self.writers.join_until(deadline);
         if let Some(image) = self.image.take() {

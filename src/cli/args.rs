@@ -117,6 +117,10 @@ pub(super) struct RestoreArgs {
     /// Threads that read and check the image [default: one a core, 8 at most].
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Write the image's disks to new files NAME.raw in this directory, which the domain then uses
+    /// [default: to where they were: what was written since is lost].
+    #[arg(long, value_name = "DIR")]
+    pub disks: Option<PathBuf>,
     /// What becomes of the time since the checkpoint.
     #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
     pub clock: ClockArg,

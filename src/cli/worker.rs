@@ -18,8 +18,8 @@ use crate::guests;
 use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
-    BuiltinKernel, Domain, DomainOptions, EndReason, FinalState, Image, RestoreOptions, RuntimeDir,
-    TerminationSignals,
+    BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, FinalState, Image,
+    RestoreOptions, RuntimeDir, TerminationSignals,
 };
 
 /// How long a detached domain may take until its control socket answers: restoring tens of
@@ -94,6 +94,10 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
         if let Some(threads) = args.threads {
             again.extend(["--threads".into(), threads.to_string().into()]);
         }
+        if let Some(dir) = &args.disks {
+            let dir = std::path::absolute(dir)?;
+            again.extend(["--disks".into(), dir.into_os_string()]);
+        }
         if args.clock == ClockArg::Realtime {
             again.extend(["--clock".into(), "realtime".into()]);
         }
@@ -107,6 +111,9 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     let mut options = RestoreOptions::default();
     options.threads = args.threads.unwrap_or(options.threads);
     options.clock = args.clock.into();
+    if let Some(dir) = &args.disks {
+        options.disks = DiskRestore::NewIn(std::path::absolute(dir)?);
+    }
     options.new_name = new_name;
     let domain = Arc::new(Domain::restore(
         &args.image,

@@ -3,10 +3,12 @@
 //! Our own machine implements it, a fake does in tests, and so does a foreign VMM through the C
 //! ABI. Nothing here knows KVM, devices or domain XML.
 
+mod disk;
 mod gate;
 mod host_writes;
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -15,6 +17,7 @@ use crate::page::{Gfn, PageRun};
 use crate::state::{HostFacts, StateSection};
 use crate::sys::mapping::GuestMapping;
 
+pub use disk::{DiskFacts, GuestDisk, WriteObserver};
 pub use gate::{GateTimeout, VcpuGate};
 pub use host_writes::{Discard, DiscardObserver, HostWriteSource, HostWrites};
 
@@ -191,6 +194,11 @@ pub trait Guest: Send + Sync {
     /// Saves everything but memory. Called between [`Guest::pause`] and [`Guest::resume`]; does
     /// not change the guest.
     fn save_state(&self) -> Result<Vec<StateSection>, GuestError>;
+
+    /// Returns the disks. An image has the content of those that the guest writes.
+    fn disks(&self) -> Vec<Arc<dyn GuestDisk>> {
+        Vec::new()
+    }
 
     /// Returns what an image needs to know about the guest.
     fn describe(&self) -> Description;

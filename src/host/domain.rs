@@ -15,6 +15,7 @@ use crate::domain::{
 use crate::guest::Guest;
 use crate::host::control::protocol::{JobId, Status};
 use crate::host::convert::machine_spec;
+use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
 use crate::host::{
     CheckpointRequest, DomainEvents, EndReason, FinalState, HostError, Image, Job, MachineState,
@@ -70,6 +71,8 @@ pub struct RestoreOptions {
     pub clock: ClockPolicy,
     /// Another name, and with it a new UUID: so that several domains can run from one image.
     pub new_name: Option<String>,
+    /// Where the image's disks are written to.
+    pub disks: DiskRestore,
 }
 
 impl Default for RestoreOptions {
@@ -78,6 +81,7 @@ impl Default for RestoreOptions {
             threads: default_threads(RESTORE_THREADS_MAX),
             clock: ClockPolicy::Continue,
             new_name: None,
+            disks: DiskRestore::InPlace,
         }
     }
 }
@@ -175,6 +179,8 @@ impl Domain {
             config.uuid = Uuid::new_v4();
         }
         let locks = Locks::acquire(&config, &options.runtime)?;
+        // Last before the machine, which locks them: what can be refused has been.
+        disks::restore(reader, &mut config, &restore.disks)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels)?;
         spec.clock.after_restore = restore.clock;
         let state = reader.sections()?;

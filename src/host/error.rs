@@ -316,6 +316,7 @@ fn checkpoint_code(error: &CheckpointError) -> ErrorCode {
             GuestError::Vmm { .. } => ErrorCode::Callback,
         },
         CheckpointError::Store { source, .. } => store_code(source),
+        CheckpointError::Disk { source, .. } => io_code(source),
         CheckpointError::DirtyLog { .. } | CheckpointError::Resource { .. } => ErrorCode::Host,
         CheckpointError::PauseExpired { .. } => ErrorCode::Timeout,
         CheckpointError::Protection { .. } => ErrorCode::Host,

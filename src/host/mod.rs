@@ -4,6 +4,7 @@
 
 pub mod control;
 mod convert;
+mod disks;
 mod domain;
 mod error;
 mod event;
@@ -29,6 +30,7 @@ pub use crate::sys::lock::LockFile;
 pub use crate::sys::passed_fds::take as take_passed_descriptors;
 pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;
+pub use disks::DiskRestore;
 pub use domain::{
     BuiltinKernel, Domain, DomainChanges, DomainOptions, DomainTexts, RestoreOptions,
 };

@@ -1,13 +1,13 @@
 //! The machine as the checkpoint engine sees it.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::lifecycle::MachineState;
 use super::shared::Shared;
 use super::{Machine, build};
 use crate::guest::{
-    Description, DirtyLog, Guest, GuestError, HostWrites, MemoryRegion, PauseTiming,
+    Description, DirtyLog, Guest, GuestDisk, GuestError, HostWrites, MemoryRegion, PauseTiming,
 };
 use crate::kvmstate;
 use crate::state::StateSection;
@@ -133,6 +133,11 @@ impl Guest for Machine {
 
     fn save_state(&self) -> Result<Vec<StateSection>, GuestError> {
         self.shared.save_sections()
+    }
+
+    fn disks(&self) -> Vec<Arc<dyn GuestDisk>> {
+        let devices = self.shared.devices.virtio.iter();
+        devices.filter_map(|device| device.disk()).collect()
     }
 
     fn describe(&self) -> Description {

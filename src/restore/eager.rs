@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest::MemoryRegion;
 use crate::page::{Gfn, PAGE_BYTES, PAGE_SHIFT, PIECE_BYTES, PageRun};
-use crate::store::{ImageReader, RegionLayout, StoreError};
+use crate::store::{ChunkRun, ImageReader, RegionLayout, StoreError};
 
 /// How memory is filled.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +76,12 @@ pub fn fill(
         }
     }
     reader.for_each_chunk(&chunks, options.threads, |chunk, raw| {
-        for part in reader.runs_of_chunk(chunk) {
+        let memory = |part: &ChunkRun| {
+            regions
+                .iter()
+                .any(|it| it.run().intersection(part.run).is_some())
+        };
+        for part in reader.runs_of_chunk(chunk).filter(memory) {
             copy_in(regions, part.run, part.bytes_in(raw));
         }
     })?;

@@ -5,4 +5,5 @@
 
 pub mod compat;
 pub mod core;
+pub mod disks;
 pub mod eager;

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::state::HostFacts;
+use crate::store::disks::{DiskLayout, ReadOnlyDisk};
 use crate::store::format::{Digest, FormatVersion};
 use crate::store::options::RegionLayout;
 
@@ -67,8 +68,12 @@ pub struct Manifest {
     pub(crate) chunk_table: Extent,
     pub(crate) page_index: Extent,
     pub(crate) sections: Vec<SectionEntry>,
-    // Not written by format 0.1; a reader refuses an image that has them.
-    pub(crate) disks: Vec<serde_json::Value>,
+    /// The disks whose content is in the image.
+    pub disks: Vec<DiskLayout>,
+    /// The disks that are only named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub read_only_disks: Vec<ReadOnlyDisk>,
+    // Not written by format 0.1; a reader refuses an image that has one.
     pub(crate) parent: Option<serde_json::Value>,
     /// Figures of the checkpoint, for people.
     pub statistics: serde_json::Value,

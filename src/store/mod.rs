@@ -13,6 +13,7 @@ pub mod backend;
 mod chain;
 mod codec;
 mod deferred;
+mod disks;
 mod error;
 mod format;
 mod index;
@@ -31,6 +32,7 @@ pub use backend::limited::LimitedStorage;
 pub use backend::{EntryKind, LockKind, Storage, StorageFile};
 pub use chain::{ChainImage, chain_images, remove_image};
 pub use codec::{Codec, UnknownCodec};
+pub use disks::{DISK_COUNT_MAX, DISK_NAME_BYTES_MAX, DiskLayout, ReadOnlyDisk};
 pub use error::{Place, StoreError};
 pub use format::{
     FORMAT_MAJOR, FORMAT_MINOR, IMAGE_BYTES_MAX, IMAGE_SUFFIX, MANIFEST_BYTES_MAX, PAGES_MAX,

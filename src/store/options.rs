@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::page::{Gfn, PageRun};
 use crate::store::codec::Codec;
+use crate::store::disks::{DiskLayout, ReadOnlyDisk};
 use crate::store::error::StoreError;
 use crate::store::format::{PAGES_MAX, REGION_COUNT_MAX};
 
@@ -26,6 +27,10 @@ pub struct WriteOptions {
     pub spare: Option<PathBuf>,
     /// Fails the start where the file system has fewer bytes free than this.
     pub expected_bytes: Option<u64>,
+    /// Disks whose content goes into the image too.
+    pub disks: Vec<DiskLayout>,
+    /// Disks that are only named in it.
+    pub read_only_disks: Vec<ReadOnlyDisk>,
 }
 
 impl Default for WriteOptions {
@@ -36,6 +41,8 @@ impl Default for WriteOptions {
             guest_waits: false,
             spare: None,
             expected_bytes: None,
+            disks: Vec::new(),
+            read_only_disks: Vec::new(),
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::state::{SECTION_BYTES_MAX, StateSection, StateSet};
 use crate::store::backend::{LockKind, Storage, StorageFile};
 use crate::store::chain;
 use crate::store::codec::Decompressor;
+use crate::store::disks;
 use crate::store::error::{Damage, Place, StoreError};
 use crate::store::format::{
     CHUNK_COUNT_MAX, CHUNK_RECORD_BYTES, Chunk, ChunkCodec, Digest, HEADER_BYTES, Header,
@@ -141,16 +142,44 @@ impl ImageReader {
         self.index.runs_of_chunk(chunk)
     }
 
-    /// Returns the chunks that a restore needs: not those whose every page was superseded.
+    /// Returns the chunks that memory needs: not those whose every page was superseded, nor those
+    /// of disks.
     pub fn live_chunks(&self) -> Vec<usize> {
-        (0..self.chunk_count())
-            .filter(|&chunk| self.runs_of_chunk(chunk).next().is_some())
-            .collect()
+        let has_memory = |chunk: &usize| {
+            let mut runs = self.runs_of_chunk(*chunk);
+            runs.any(|part| !disks::is_of_disk(part.run))
+        };
+        (0..self.chunk_count()).filter(has_memory).collect()
     }
 
     /// Returns the guest pages that are zeros.
     pub fn zero_runs(&self) -> impl Iterator<Item = PageRun> + '_ {
-        self.index.zero_runs()
+        let runs = self.index.zero_runs();
+        runs.filter(|run| !disks::is_of_disk(*run))
+    }
+
+    /// Returns the frames of disk `disk`, by its place in the manifest.
+    ///
+    /// # Panics
+    /// When there is no such disk.
+    pub fn disk_frames(&self, disk: usize) -> PageRun {
+        let frames = disks::frames(&self.manifest.disks).expect("checked when it was opened");
+        *frames.get(disk).expect("disks are counted")
+    }
+
+    /// Returns the blocks of zeros of the disk whose frames these are.
+    pub fn disk_zero_runs(&self, frames: PageRun) -> impl Iterator<Item = PageRun> + '_ {
+        let runs = self.index.zero_runs();
+        runs.filter_map(move |run| run.intersection(frames))
+    }
+
+    /// Returns the chunks with blocks of the disk whose frames these are.
+    pub fn disk_chunks(&self, frames: PageRun) -> Vec<usize> {
+        let has_blocks = |chunk: &usize| {
+            let mut runs = self.runs_of_chunk(*chunk);
+            runs.any(|part| part.run.intersection(frames).is_some())
+        };
+        (0..self.chunk_count()).filter(has_blocks).collect()
     }
 
     /// Reads chunk `chunk` and returns its pages, checked: bytes whose digest does not hold are
@@ -296,7 +325,9 @@ impl Source<'_> {
 
     fn read_index(self, manifest: &Manifest, chunks: &[Chunk]) -> Result<PageIndex, StoreError> {
         let runs = self.read_records(&manifest.page_index, Place::PageIndex, IndexRun::decode)?;
-        PageIndex::new(runs, &manifest.regions, chunks).map_err(|damage| damage.of(self.path))
+        let regions = disks::all_regions(&manifest.regions, &manifest.disks)
+            .map_err(|reason| disks::damaged(&reason).of(self.path))?;
+        PageIndex::new(runs, &regions, chunks).map_err(|damage| damage.of(self.path))
     }
 
     /// Reads and decodes a table, block by block: memory is taken only for records that are
@@ -388,10 +419,14 @@ fn check_manifest(manifest: &Manifest, header: &Header) -> Result<(), Damage> {
     {
         return Err(damaged("is not that of the header".to_owned()));
     }
-    if !manifest.disks.is_empty() || manifest.parent.is_some() {
+    if manifest.parent.is_some() {
         return Err(damaged(
-            "names disks or a parent, which format 0.1 cannot have".to_owned(),
+            "names a parent, which format 0.1 cannot have".to_owned(),
         ));
+    }
+    disks::frames(&manifest.disks).map_err(|reason| disks::damaged(&reason))?;
+    if manifest.read_only_disks.len() > disks::DISK_COUNT_MAX {
+        return Err(damaged("names too many disks".to_owned()));
     }
     check_regions(&manifest.regions).map_err(|what| damaged(format!("describes {what}")))?;
     if manifest.sections.len() > SECTION_COUNT_MAX {

@@ -7,8 +7,9 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::page::PAGE_BYTES;
+use crate::store::disks::{DISK_FRAMES_START, DiskLayout, ReadOnlyDisk};
 use crate::store::error::StoreError;
-use crate::store::format::{ChunkCodec, wide};
+use crate::store::format::{ChunkCodec, RunSource, wide};
 use crate::store::reader::{ImageReader, ReadScratch};
 
 /// What [`ImageReader::verify`] read; it is whole, else there is an error instead.
@@ -63,6 +64,10 @@ pub struct ImageSummary {
     pub stored_bytes: u64,
     /// Records of the page index.
     pub index_runs: u64,
+    /// Disks whose content is in it.
+    pub disks: Vec<DiskLayout>,
+    /// Disks that are only named.
+    pub read_only_disks: Vec<ReadOnlyDisk>,
     /// State sections.
     pub sections: Vec<SectionSummary>,
     /// Figures of the checkpoint.
@@ -177,6 +182,11 @@ impl ImageReader {
             .sum();
         let zero_pages: u64 = self.zero_runs().map(|run| run.page_count).sum();
         let data_pages = memory_pages - zero_pages;
+        let all = self.index().runs().iter();
+        let disk_pages: u64 = all
+            .filter(|run| run.start.0 >= DISK_FRAMES_START && run.source != RunSource::Zero)
+            .map(|run| u64::from(run.page_count))
+            .sum();
         let mut chunks = ChunkCounts::default();
         let mut chunk_pages = 0;
         let mut stored_bytes = 0;
@@ -208,11 +218,13 @@ impl ImageReader {
             memory_bytes: memory_pages * wide(PAGE_BYTES),
             data_pages,
             zero_pages,
-            superseded_pages: chunk_pages - data_pages,
+            superseded_pages: chunk_pages - data_pages - disk_pages,
             image_bytes: self.image_bytes(),
             chunks,
             stored_bytes,
             index_runs: wide(self.index().runs().len()),
+            disks: manifest.disks.clone(),
+            read_only_disks: manifest.read_only_disks.clone(),
             sections: sections.collect(),
             statistics: manifest.statistics.clone(),
         }

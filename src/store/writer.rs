@@ -13,6 +13,7 @@ use crate::store::backend::{Storage, StorageFile};
 use crate::store::chain::{self, Target};
 use crate::store::codec::Compressor;
 use crate::store::deferred::{self, Check, PendingChunk};
+use crate::store::disks;
 use crate::store::error::StoreError;
 use crate::store::format::{
     CHUNK_COUNT_MAX, CHUNK_PAGES_MAX, Chunk, ChunkCodec, Digest, FormatVersion, HEADER_BYTES,
@@ -71,6 +72,7 @@ pub struct ImageWriter {
     file: Box<dyn StorageFile>,
     options: WriteOptions,
     regions: Vec<RegionLayout>,
+    disk_frames: Vec<PageRun>,
     image_uuid: Uuid,
     pages: PageTable,
     // Held for the push of a record, never during I/O.
@@ -110,6 +112,8 @@ impl ImageWriter {
         options: &WriteOptions,
     ) -> Result<Self, StoreError> {
         check_writable(regions)?;
+        let all = disks::all_regions(regions, &options.disks).map_err(disks::unwritable)?;
+        let disk_frames = disks::frames(&options.disks).map_err(disks::unwritable)?;
         let target = Target::new(storage.as_ref(), path)?;
         chain::remove_stale_parts(storage.as_ref(), target.dir());
         if let Some(needed) = options.expected_bytes {
@@ -127,8 +131,9 @@ impl ImageWriter {
             file,
             options: options.clone(),
             regions: regions.to_vec(),
+            disk_frames,
             image_uuid: Uuid::new_v4(),
-            pages: PageTable::new(regions),
+            pages: PageTable::new(&all),
             chunks: Mutex::new(Vec::new()),
             tail: AtomicU64::new(wide(HEADER_BYTES)),
             reserved: AtomicU64::new(0),
@@ -228,6 +233,17 @@ impl ImageWriter {
         }
         sections.push(section);
         Ok(())
+    }
+
+    /// Returns the frames that stand for the blocks of disk `disk`, by its place in the options.
+    ///
+    /// Blocks are written as pages are. The last one of a disk that does not end with a page is
+    /// filled up with zeros.
+    ///
+    /// # Panics
+    /// When there is no such disk.
+    pub fn disk_frames(&self, disk: usize) -> PageRun {
+        *self.disk_frames.get(disk).expect("disks are counted")
     }
 
     /// Returns the bytes of the image so far.
@@ -402,7 +418,8 @@ impl ImageWriter {
             chunk_table,
             page_index,
             sections,
-            disks: Vec::new(),
+            disks: self.options.disks.clone(),
+            read_only_disks: self.options.read_only_disks.clone(),
             parent: None,
             statistics: facts.statistics,
         };

@@ -19,10 +19,12 @@ mod transport;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::PollFlags;
 
+use crate::guest::GuestDisk;
 use crate::machine::memory::GuestMemory;
 use crate::state::{StateError, StateSection, StateSet};
 
@@ -103,6 +105,11 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Does what there is to do, until nothing is left or `work.stop` is set. Runs in the
     /// device's thread, and may block for the host's I/O.
     fn process(&self, work: &mut Work<'_>) -> Result<(), Fault>;
+
+    /// Returns the disk that it is, for checkpoints.
+    fn disk(&self) -> Option<Arc<dyn GuestDisk>> {
+        None
+    }
 
     /// Returns what besides the queues wakes the thread: asked after each [`Backend::process`].
     fn poll_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {

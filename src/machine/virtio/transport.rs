@@ -11,6 +11,7 @@ use virtio_queue::QueueT;
 
 use super::registers::{Interrupts, QueueSetup, merge};
 use super::{Backend, Engine, Virtqueue, feature};
+use crate::guest::GuestDisk;
 use crate::machine::device::{Device, DrainTimeout, Quiesce};
 use crate::machine::memory::GuestRam;
 use crate::machine::pci::config::{COMMAND_MEMORY, ConfigSpace, Identity};
@@ -137,6 +138,11 @@ impl VirtioPci {
     /// Returns the device's slot.
     pub fn slot(&self) -> u8 {
         self.slot
+    }
+
+    /// Returns the disk that it is, for checkpoints.
+    pub fn disk(&self) -> Option<Arc<dyn GuestDisk>> {
+        self.backend.disk()
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {

@@ -1,5 +1,7 @@
 //! The image: its page index is the real one; what goes into it is noted.
 
+#[path = "../../../src/store/disks.rs"]
+pub(crate) mod disks;
 #[path = "../../../src/store/error.rs"]
 pub(crate) mod error;
 #[path = "../../../src/store/format.rs"]

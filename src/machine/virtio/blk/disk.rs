@@ -1,14 +1,20 @@
 //! The host's side of a disk: a raw file or block device.
 
+use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
+use crate::guest::{DiskFacts, GuestDisk, WriteObserver};
 use crate::machine::spec::{DiskCache, DiskSpec};
 use crate::sys::lock::{Holder, holder_of};
 use crate::sys::volatile_io;
@@ -66,12 +72,20 @@ impl DiskError {
 /// any number of them, for writing by one.
 ///
 /// Every method may be called from any thread, and may block for storage.
-#[derive(Debug)]
 pub struct Disk {
     spec: DiskSpec,
     file: File,
     sectors: u64,
     block_bytes: u32,
+    observer: RwLock<Option<Arc<dyn WriteObserver>>>,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("spec", &self.spec)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Disk {
@@ -99,6 +113,7 @@ impl Disk {
             file,
             sectors,
             block_bytes,
+            observer: RwLock::new(None),
         })
     }
 
@@ -171,6 +186,7 @@ impl Disk {
         from: &[VolatileSlice<'_, B>],
     ) -> io::Result<()> {
         self.refuse_read_only()?;
+        self.announce(offset, from.iter().map(|slice| slice.len() as u64).sum());
         if !self.is_direct() || self.fits_direct(from) {
             return volatile_io::write_at(&self.file, from, offset);
         }
@@ -193,6 +209,7 @@ impl Disk {
     /// Makes a range read as zeros; it may become a hole where `may_unmap` says so.
     pub fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.refuse_read_only()?;
+        self.announce(offset, len);
         let how = if may_unmap {
             FallocateFlags::PUNCH_HOLE
         } else {
@@ -202,11 +219,73 @@ impl Disk {
         Ok(())
     }
 
+    /// Lets a checkpoint keep what is about to be changed.
+    fn announce(&self, offset: u64, bytes: u64) {
+        let observer = self.observer.read();
+        let observer = observer.unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(observer) = observer {
+            observer.before_write(offset, bytes);
+        }
+    }
+
     fn refuse_read_only(&self) -> io::Result<()> {
         if self.spec.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         Ok(())
+    }
+}
+
+impl GuestDisk for Disk {
+    fn facts(&self) -> DiskFacts {
+        let modified = self
+            .file
+            .metadata()
+            .and_then(|metadata| metadata.modified());
+        let since = modified
+            .ok()
+            .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let is_file = self
+            .file
+            .metadata()
+            .is_ok_and(|metadata| metadata.is_file());
+        let nanoseconds = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
+        DiskFacts {
+            name: self.spec.name.clone(),
+            path: self.spec.path.clone(),
+            bytes: self.sectors * u64::from(SECTOR_BYTES),
+            read_only: self.spec.read_only,
+            modified_ns: nanoseconds.filter(|_| is_file).unwrap_or(0),
+        }
+    }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        if !self.is_direct() {
+            return self.file.read_exact_at(out, offset);
+        }
+        let mut bounce = Bounce::of(self.block_bytes, out.len());
+        self.file.read_exact_at(bounce.bytes(), offset)?;
+        out.copy_from_slice(bounce.bytes());
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        use rustix::fs::{SeekFrom, seek};
+        // Nothing here uses the file's position.
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            // A file system that does not tell.
+            Err(Errno::INVAL) => return Ok(Some(offset..self.sectors * u64::from(SECTOR_BYTES))),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(&self.file, SeekFrom::Hole(start))?;
+        Ok(Some(start..end))
+    }
+
+    fn set_write_observer(&self, observer: Option<Arc<dyn WriteObserver>>) {
+        let place = self.observer.write();
+        *place.unwrap_or_else(PoisonError::into_inner) = observer;
     }
 }
 

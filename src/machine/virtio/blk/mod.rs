@@ -14,6 +14,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Backend, Fault, Kind, Work};
+use crate::guest::GuestDisk;
 use crate::state::virtio::VirtioBlkV1;
 use crate::state::{SectionPayload, StateError, StateSection, StateSet};
 
@@ -115,6 +116,10 @@ impl Backend for Blk {
             queue.complete(work.memory, &chain, written)?;
         }
         Ok(())
+    }
+
+    fn disk(&self) -> Option<Arc<dyn GuestDisk>> {
+        Some(self.disk.clone())
     }
 
     fn save(&self, instance: u32) -> StateSection {

@@ -1,0 +1,88 @@
+//! Disks back from an image.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+
+use crate::page::{PAGE_BYTES, PAGE_SHIFT, PIECE_BYTES, PageRun};
+use crate::store::{ImageReader, ReadScratch, StoreError};
+
+/// A disk that could not be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// The image could not be read, or is damaged.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The file could not be written.
+    #[error("could not write the disk")]
+    Io(#[from] io::Error),
+    /// The block device is smaller than the disk.
+    #[error("the block device has {found} bytes, the disk {needed}")]
+    TooSmall {
+        /// Length of the device.
+        found: u64,
+        /// Length of the disk.
+        needed: u64,
+    },
+}
+
+/// Writes disk `disk` of the image, by its place in the manifest, to `file`: an empty regular file,
+/// or a block device. Returns once it is on stable storage.
+///
+/// Every block is checked before it is written. What is zeros becomes a hole in a file.
+///
+/// # Panics
+/// When the image has no such disk.
+pub fn write(reader: &ImageReader, disk: usize, file: &File) -> Result<(), DiskError> {
+    let bytes = reader.manifest().disks[disk].bytes;
+    let frames = reader.disk_frames(disk);
+    let is_device = file.metadata()?.file_type().is_block_device();
+    if is_device {
+        clear(reader, frames, file, bytes)?;
+    } else {
+        file.set_len(bytes)?;
+    }
+    let mut scratch = ReadScratch::default();
+    for chunk in reader.disk_chunks(frames) {
+        let raw = reader.read_chunk(chunk, &mut scratch)?;
+        for part in reader.runs_of_chunk(chunk) {
+            if part.run.intersection(frames).is_none() {
+                continue;
+            }
+            let offset = (part.run.start.0 - frames.start.0) << PAGE_SHIFT;
+            let data = part.bytes_in(raw);
+            // The last block may go on behind the disk's end.
+            let left = usize::try_from(bytes - offset).unwrap_or(usize::MAX);
+            file.write_all_at(&data[..data.len().min(left)], offset)?;
+        }
+    }
+    file.sync_all()?;
+    Ok(())
+}
+
+/// Writes zeros where a block device has to have them.
+fn clear(
+    reader: &ImageReader,
+    frames: PageRun,
+    mut file: &File,
+    bytes: u64,
+) -> Result<(), DiskError> {
+    static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
+    let found = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+    if found < bytes {
+        let needed = bytes;
+        return Err(DiskError::TooSmall { found, needed });
+    }
+    for run in reader.disk_zero_runs(frames) {
+        let mut offset = (run.start.0 - frames.start.0) << PAGE_SHIFT;
+        let end = (offset + run.page_count * PAGE_BYTES as u64).min(bytes);
+        while offset < end {
+            let part =
+                usize::try_from(end - offset).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
+            file.write_all_at(&ZEROS[..part], offset)?;
+            offset += part as u64;
+        }
+    }
+    Ok(())
+}
