@@ -8,7 +8,9 @@ check_log boot
 mark
 say 'sums & avxloop 100000 &'
 wait_for 120 'sums: round 2 all right'
-wait_for 120 'avx: cpu 3 round'
+wait_for 120 'avx: (cpu 3 round|this CPU has no AVX2)'
+cpus="0 1 2 3"
+! lines 'no AVX2' || { cpus=; echo "no AVX here: QEMU before 8 does not let KVM see XSETBV"; }
 for protocol in $protocols; do
     rm -f image.lpi
     checkpoint linux-smp --protocol "$protocol" --out image.lpi --json > figures.json
@@ -18,7 +20,7 @@ for protocol in $protocols; do
     mark
     start_vm restore image.lpi
     wait_for 120 "sums: round $((before + 2)) all right"
-    for cpu in 0 1 2 3; do wait_for 120 "avx: cpu $cpu round"; done
+    for cpu in $cpus; do wait_for 120 "avx: cpu $cpu round"; done
     if grep -qaE 'WRONG' console; then grep -aE WRONG console; fail "a checksum"; fi
 done
 mark
