@@ -30,6 +30,10 @@ const JOBS: &[(&str, &str)] = &[
         "a_stock_kernel_boots_to_a_shell_and_powers_off",
         "linux-boot",
     ),
+    (
+        "a_stock_kernel_keeps_on_its_disk_what_it_has_synced",
+        "linux-disk",
+    ),
 ];
 
 /// The L1 machine, while it runs.
