@@ -133,6 +133,7 @@ fn events_tell_what_happens_to_a_domain_in_order() {
     // The first events tell when virsh has asked for them.
     wait_for("no events come", &daemon, || {
         daemon.define_echo("probe");
+        daemon.ok(&["undefine", "probe"]);
         events().contains("'probe'")
     });
     daemon.define_echo("d");
@@ -174,6 +175,15 @@ fn events_tell_what_happens_to_a_domain_in_order() {
     }
 }
 
+/// Returns whether a terminal still shows by itself what is typed.
+fn termios_echoes(terminal: &fs::File) -> bool {
+    use rustix::termios::{LocalModes, tcgetattr};
+    tcgetattr(terminal)
+        .unwrap()
+        .local_modes
+        .contains(LocalModes::ECHO)
+}
+
 /// A virsh console at a terminal of the test's own.
 struct Terminal {
     _virsh: Background,
@@ -206,6 +216,16 @@ impl Terminal {
             _virsh: Background { child },
             master: master.into(),
             seen: String::new(),
+        }
+    }
+
+    /// Waits until virsh passes on what is typed: it throws away what came before it was ready.
+    fn attach(&mut self) {
+        self.wait("Escape character");
+        let start = Instant::now();
+        while termios_echoes(&self.master) {
+            assert!(start.elapsed() < Duration::from_secs(30), "{:?}", self.seen);
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -248,14 +268,14 @@ fn a_console_types_to_the_guest_and_shows_its_answer() {
     daemon.define_echo("d");
     daemon.ok(&["start", "d"]);
     let mut console = Terminal::open(&daemon, &["console", "d"]);
-    console.wait("Escape character");
+    console.attach();
     console.type_in("hello guest\r");
     console.wait("echo: hello guest");
     let busy = Terminal::open(&daemon, &["console", "d"]);
     let mut busy = busy;
     busy.wait("Active console session exists");
     let mut second = Terminal::open(&daemon, &["console", "d", "--force"]);
-    second.wait("Escape character");
+    second.attach();
     second.type_in("poweroff\r");
     second.wait("powering off");
     daemon.wait_state("d", "shut off");
@@ -450,4 +470,49 @@ fn a_service_manager_gives_the_sockets_and_is_told_that_they_are_served() {
     let count = notify.recv(&mut told).unwrap();
     assert_eq!(&told[..count], b"STOPPING=1");
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_disk_tells_its_size_and_what_was_asked_of_it() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let disk = daemon.path("disk.img");
+    fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+    let device = format!(
+        "<disk type='file' device='disk'><source file='{}'/>\
+         <target dev='vda' bus='virtio'/></disk><console type='pty'/>",
+        disk.display()
+    );
+    let file = daemon.domain("d", "echo", 64, &device);
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    daemon.ok(&["start", "d"]);
+    let info = daemon.ok(&["domblkinfo", "d", "vda"]);
+    assert!(info.contains("Capacity:       8388608"), "{info}");
+    // The built-in guest has no driver for disks: nothing is asked of it.
+    let stats = daemon.ok(&["domblkstat", "d", "vda"]);
+    for line in [
+        "vda rd_req 0",
+        "vda wr_bytes 0",
+        "vda flush_operations 0",
+        "vda errs 0",
+    ] {
+        assert!(stats.contains(line), "{stats}");
+    }
+    assert!(daemon.ok(&["domblklist", "d"]).contains("vda      /"));
+    let all = daemon.ok(&["domstats", "d", "--block"]);
+    for line in [
+        "block.count=1",
+        "block.0.name=vda",
+        "block.0.rd.reqs=0",
+        "block.0.capacity=8388608",
+    ] {
+        assert!(all.contains(line), "{all}");
+    }
+    assert!(
+        daemon
+            .refused(&["domblkinfo", "d", "vdb"])
+            .contains("not assigned to domain")
+    );
 }

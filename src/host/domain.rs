@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::domain::{
     DomainConfig, DomainError, DomainName, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
 };
 use crate::guest::Guest;
-use crate::host::control::protocol::{JobId, Status};
+use crate::host::control::protocol::{DiskUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
@@ -352,6 +353,7 @@ impl Domain {
         let job = inner.jobs.last().filter(|job| !job.is_done());
         let job = job.map(|job| JobId { job: job.id() });
         let state = self.state_in(&inner);
+        let disks = inner.machine.as_ref().map(|machine| disks_of(machine));
         drop(inner);
         Status {
             name: self.name().to_owned(),
@@ -362,6 +364,7 @@ impl Domain {
             vcpus: u32::from(self.config.machine.vcpus.count()),
             memory_bytes: self.config.machine.memory.size().bytes(),
             consoles: self.consoles(),
+            disks: disks.unwrap_or_default(),
             job,
         }
     }
@@ -534,6 +537,25 @@ impl Locks {
             _name: by_name,
         })
     }
+}
+
+fn disks_of(machine: &Machine) -> Vec<DiskUse> {
+    let disks = machine.disks().iter();
+    disks
+        .map(|disk| {
+            let counters = disk.counters();
+            let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            DiskUse {
+                target: disk.name().to_owned(),
+                reads: read(&counters.reads),
+                read_bytes: read(&counters.read_bytes),
+                writes: read(&counters.writes),
+                written_bytes: read(&counters.written_bytes),
+                flushes: read(&counters.flushes),
+                errors: read(&counters.errors),
+            }
+        })
+        .collect()
 }
 
 fn parse(xml: &str) -> Result<DomainConfig, HostError> {

@@ -349,7 +349,7 @@ fn make_devices(
         }),
     ));
     ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
-    let virtio = make_virtio(spec, vm, ram)?;
+    let (virtio, disks) = make_virtio(spec, vm, ram)?;
     let functions = virtio.iter().map(|device| {
         let function: Arc<dyn PciFunction> = device.clone();
         (device.slot(), function)
@@ -369,17 +369,22 @@ fn make_devices(
         rtc: clock,
         pci,
         virtio,
+        disks,
     };
     Ok((devices, ports, mmio))
 }
+
+/// The functions on PCI, and the disks among them.
+type Virtio = (Vec<Arc<VirtioPci>>, Vec<Arc<Disk>>);
 
 fn make_virtio(
     spec: &MachineSpec,
     vm: &Arc<VmFd>,
     ram: &Arc<GuestRam>,
-) -> Result<Vec<Arc<VirtioPci>>, MachineError> {
+) -> Result<Virtio, MachineError> {
     let platform = Arc::new(KvmPlatform::new(vm.clone()));
     let mut devices = Vec::new();
+    let mut disks = Vec::new();
     for PciDeviceSpec { slot, device } in &spec.pci {
         let (name, backend): (_, Arc<dyn Backend>) = match device {
             PciDevice::Disk(disk) => {
@@ -388,14 +393,16 @@ fn make_virtio(
                     let name = name.clone();
                     MachineError::Disk { name, source }
                 })?;
-                (name, Arc::new(Blk::new(Arc::new(opened))))
+                let opened = Arc::new(opened);
+                disks.push(opened.clone());
+                (name, Arc::new(Blk::new(opened)))
             }
         };
         let thread = format!("{}-{name}", backend.kind().name);
         let made = VirtioPci::new(*slot, &thread, backend, ram.clone(), platform.clone())?;
         devices.push(made);
     }
-    Ok(devices)
+    Ok((devices, disks))
 }
 
 /// Returns what a machine of this spec consists of.

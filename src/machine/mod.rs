@@ -48,7 +48,7 @@ use memory::MemoryError;
 use shared::{Asked, Shared};
 use spec::MachineSpec;
 use virtio::DeviceError;
-use virtio::blk::DiskError;
+use virtio::blk::{Disk, DiskError};
 
 pub use build::open_kvm;
 pub use lifecycle::{MachineEvent, MachineState, ShutoffReason, WrongState};
@@ -357,6 +357,11 @@ impl Machine {
     /// Waits until the machine has ended, or `timeout` has passed; returns its state then.
     pub fn wait(&self, timeout: Option<Duration>) -> MachineState {
         self.shared.lifecycle.wait_for_end(timeout)
+    }
+
+    /// Returns the disks.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.shared.devices.disks
     }
 
     /// Returns a queue of the events from now on. A full queue loses the newest.

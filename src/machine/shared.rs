@@ -22,6 +22,7 @@ use super::pci::PciBus;
 use super::spec::{BootSpec, EndAction, MachineSpec};
 use super::vcpu::Vcpu;
 use super::virtio::VirtioPci;
+use super::virtio::blk::Disk;
 use super::{MachineError, describe_chain};
 use crate::guest::{GateTimeout, VcpuGate};
 use crate::kvmstate::{self, Board, KvmDirtyLog, MsrSet, VcpuRestore};
@@ -118,6 +119,7 @@ pub(super) struct Devices {
     pub rtc: Arc<Rtc>,
     pub pci: Arc<PciBus>,
     pub virtio: Vec<Arc<VirtioPci>>,
+    pub disks: Vec<Arc<Disk>>,
 }
 
 impl Devices {

@@ -311,7 +311,6 @@ fn domain_capabilities(call: &DriverCall<'_>, (_, arch, _, virt, _): Asked) -> A
 /// What documents may have among their devices.
 fn devices() -> String {
     let refused = [
-        "disk",
         "graphics",
         "video",
         "hostdev",
@@ -324,7 +323,10 @@ fn devices() -> String {
         .map(|device| format!("    <{device} supported='no'/>\n"))
         .concat();
     format!(
-        "{refused}    <channel supported='no'/>\n    <console supported='yes'>\n      \
+        "    <disk supported='yes'>\n      <enum name='diskDevice'>\n        \
+         <value>disk</value>\n      </enum>\n      <enum name='bus'>\n        \
+         <value>virtio</value>\n      </enum>\n    </disk>\n{refused}    \
+         <channel supported='no'/>\n    <console supported='yes'>\n      \
          <enum name='type'>\n        <value>pty</value>\n        <value>unix</value>\n        \
          <value>file</value>\n        <value>null</value>\n      </enum>\n    </console>\n"
     )

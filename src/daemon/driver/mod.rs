@@ -4,6 +4,7 @@
 //! libvirt's own error for drivers that do not have it. `docs/libvirt-coverage.md` lists all, and a
 //! test compares it with the table.
 
+mod block;
 mod config;
 mod connect;
 mod console;
@@ -48,6 +49,7 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     info::TABLE,
     config::TABLE,
     stats::TABLE,
+    block::TABLE,
     save::TABLE,
     dump::TABLE,
     jobs::TABLE,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use super::block::{disks_of, sizes, use_of_disks};
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::managed::Managed;
@@ -11,7 +12,7 @@ use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedVa
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(159, Quick, memory_stats),
     procedure!(262, Quick, cpu_stats),
-    procedure!(344, Quick, all_stats),
+    procedure!(344, Slow, all_stats),
 ];
 
 /// Nanoseconds of a tick of /proc/PID/stat (USER_HZ is 100).
@@ -173,13 +174,16 @@ fn all_stats(
         let named = wanted.0.iter().filter_map(|one| registry.find(one).ok());
         named.collect::<Vec<_>>()
     };
-    let records = domains
-        .iter()
-        .map(|domain| (domain.reference(), List(domain_stats(domain, groups))));
+    let records = domains.iter().map(|domain| {
+        (
+            domain.reference(),
+            List(domain_stats(call.driver, domain, groups)),
+        )
+    });
     Ok((List(records.collect()),))
 }
 
-fn domain_stats(domain: &Managed, groups: u32) -> Vec<TypedParam> {
+fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedParam> {
     let (numbers, pid, machine, snapshots) = {
         let state = domain.lock();
         let machine = state.current().map(|config| {
@@ -239,7 +243,44 @@ fn domain_stats(domain: &Managed, groups: u32) -> Vec<TypedParam> {
         add(TypedParam::new("net.count", TypedValue::UInt(0)));
     }
     if groups & STATS_BLOCK != 0 {
-        add(TypedParam::new("block.count", TypedValue::UInt(0)));
+        block_stats(driver, domain, &mut params);
     }
     params
+}
+
+/// Adds what is known of a domain's disks.
+fn block_stats(driver: &Livepoint, domain: &Managed, params: &mut Vec<TypedParam>) {
+    let (name, disks, is_live) = {
+        let state = domain.lock();
+        (state.name.clone(), disks_of(&state), state.live.is_some())
+    };
+    let count = u32::try_from(disks.len()).unwrap_or(u32::MAX);
+    params.push(TypedParam::new("block.count", TypedValue::UInt(count)));
+    let used = if is_live && count > 0 {
+        // A domain that is just ending has no figures any more.
+        use_of_disks(driver, &name).unwrap_or_default()
+    } else {
+        Vec::new()
+    };
+    for (at, disk) in disks.into_iter().enumerate() {
+        let text = |name: &str, value: String| {
+            TypedParam::new(format!("block.{at}.{name}"), TypedValue::Text(value))
+        };
+        let number = |name: &str, value| TypedParam::ulong(format!("block.{at}.{name}"), value);
+        params.push(text("name", disk.target.clone()));
+        params.push(text("path", disk.source.to_string_lossy().into_owned()));
+        if let Some(used) = used.iter().find(|used| used.target == disk.target) {
+            params.push(number("rd.reqs", used.reads));
+            params.push(number("rd.bytes", used.read_bytes));
+            params.push(number("wr.reqs", used.writes));
+            params.push(number("wr.bytes", used.written_bytes));
+            params.push(number("fl.reqs", used.flushes));
+            params.push(number("errors", used.errors));
+        }
+        if let Ok(sizes) = sizes(&disk.source) {
+            params.push(number("allocation", sizes.allocation));
+            params.push(number("capacity", sizes.capacity));
+            params.push(number("physical", sizes.physical));
+        }
+    }
 }

@@ -113,8 +113,30 @@ pub struct Status {
     pub memory_bytes: u64,
     /// Where each serial console can be reached: a pty's or a socket's path.
     pub consoles: Vec<PathBuf>,
+    /// What the guest has asked of each disk.
+    #[serde(default)]
+    pub disks: Vec<DiskUse>,
     /// The job that runs, if any.
     pub job: Option<JobId>,
+}
+
+/// What a guest has asked of a disk since its machine was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskUse {
+    /// The disk's name, as in `vda`.
+    pub target: String,
+    /// Reads.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Requests that storage did not carry out.
+    pub errors: u64,
 }
 
 /// The answer to a call.

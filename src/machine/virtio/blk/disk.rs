@@ -6,6 +6,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::UNIX_EPOCH;
 
@@ -68,6 +69,30 @@ impl DiskError {
     }
 }
 
+/// What a guest has asked of a disk since the machine was started.
+#[derive(Debug, Default)]
+pub struct DiskCounters {
+    /// Reads, and the bytes that they brought.
+    pub reads: AtomicU64,
+    /// Bytes read.
+    pub read_bytes: AtomicU64,
+    /// Writes, discards left out.
+    pub writes: AtomicU64,
+    /// Bytes written.
+    pub written_bytes: AtomicU64,
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Requests that storage did not carry out.
+    pub errors: AtomicU64,
+}
+
+impl DiskCounters {
+    /// Adds to one of them.
+    pub(super) fn add(counter: &AtomicU64, count: u64) {
+        counter.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
 /// An open disk. It is locked against other machines for as long as it is open: for reading by
 /// any number of them, for writing by one.
 ///
@@ -77,6 +102,7 @@ pub struct Disk {
     file: File,
     sectors: u64,
     block_bytes: u32,
+    counters: DiskCounters,
     observer: RwLock<Option<Arc<dyn WriteObserver>>>,
 }
 
@@ -114,7 +140,13 @@ impl Disk {
             sectors,
             block_bytes,
             observer: RwLock::new(None),
+            counters: DiskCounters::default(),
         })
+    }
+
+    /// Returns what was asked of it.
+    pub fn counters(&self) -> &DiskCounters {
+        &self.counters
     }
 
     /// Returns its name in the guest, as in `vda`.

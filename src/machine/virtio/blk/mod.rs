@@ -18,7 +18,7 @@ use crate::guest::GuestDisk;
 use crate::state::virtio::VirtioBlkV1;
 use crate::state::{SectionPayload, StateError, StateSection, StateSet};
 
-pub use disk::{Disk, DiskError, SECTOR_BYTES};
+pub use disk::{Disk, DiskCounters, DiskError, SECTOR_BYTES};
 
 /// Descriptors of the queue.
 const QUEUE_SIZE: u16 = 256;

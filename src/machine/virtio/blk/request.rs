@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::disk::{Disk, SECTOR_BYTES};
+use super::disk::{Disk, DiskCounters, SECTOR_BYTES};
 use super::{RANGE_SECTORS_MAX, RANGES_MAX};
 use crate::machine::virtio::{Chain, Slices};
 
@@ -58,6 +58,7 @@ pub(super) fn carry_out(
     let writable = status.take_front(room);
     let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
     let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+    let (in_bytes, out_bytes) = (writable.len() as u64, readable.len() as u64);
     let result = match kind {
         VIRTIO_BLK_T_IN => read(disk, sector, writable),
         VIRTIO_BLK_T_OUT => write(disk, sector, readable).map(|()| 0),
@@ -79,6 +80,7 @@ pub(super) fn carry_out(
         }
         result => result,
     };
+    count(disk.counters(), kind, &result, in_bytes, out_bytes);
     let (written, code) = match result {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
         Err(Refused::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
@@ -92,6 +94,30 @@ pub(super) fn carry_out(
     };
     status.write(&[u8::try_from(code).expect("a small number")]);
     Ok(written + 1)
+}
+
+/// Counts a request that was carried out, or that storage refused.
+fn count(
+    counters: &DiskCounters,
+    kind: u32,
+    result: &Result<u32, Refused>,
+    in_bytes: u64,
+    out_bytes: u64,
+) {
+    let add = DiskCounters::add;
+    match (result, kind) {
+        (Ok(_), VIRTIO_BLK_T_IN) => {
+            add(&counters.reads, 1);
+            add(&counters.read_bytes, in_bytes);
+        }
+        (Ok(_), VIRTIO_BLK_T_OUT) => {
+            add(&counters.writes, 1);
+            add(&counters.written_bytes, out_bytes);
+        }
+        (Ok(_), VIRTIO_BLK_T_FLUSH) => add(&counters.flushes, 1),
+        (Err(Refused::Failed(_)), _) => add(&counters.errors, 1),
+        _ => {}
+    }
 }
 
 /// Returns the byte at which `len` bytes from `sector` on begin, if they are on the disk.

@@ -475,3 +475,36 @@ proptest! {
         prop_assert_eq!(ask(&rig, 0, 5, &request(512, WRITE)), (0, 513));
     }
 }
+
+#[test]
+fn what_is_asked_is_counted() {
+    use std::sync::atomic::Ordering;
+    let file = backing();
+    let disk = Arc::new(Disk::open(&spec(&file)).unwrap());
+    let rig = Rig::new(Arc::new(Blk::new(disk.clone())));
+    rig.start(FLUSH);
+    ask(&rig, 0, 1, &request(1024, WRITE));
+    ask(&rig, 1, 2, &request(512, 0));
+    ask(
+        &rig,
+        4,
+        0,
+        &[
+            descriptor(HEADER, 16, NEXT, 1),
+            descriptor(STATUS, 1, WRITE, 0),
+        ],
+    );
+    // Behind the end.
+    ask(&rig, 0, SECTORS, &request(512, WRITE));
+    let counters = disk.counters();
+    let counted = [
+        &counters.reads,
+        &counters.read_bytes,
+        &counters.writes,
+        &counters.written_bytes,
+        &counters.flushes,
+        &counters.errors,
+    ]
+    .map(|counter| counter.load(Ordering::Relaxed));
+    assert_eq!(counted, [1, 1024, 1, 512, 1, 1]);
+}
