@@ -412,8 +412,8 @@ fn an_image_of_a_later_format_opens_if_it_says_that_this_reader_may() {
         forgery.set_manifest(&serde_json::to_vec(&manifest).unwrap());
         forgery.bytes
     };
-    assert_eq!(try_restore(&original, &later(1)), Fate::OtherRoot);
-    assert_eq!(try_restore(&original, &later(2)), Fate::Refused);
+    assert_eq!(try_restore(&original, &later(2)), Fate::OtherRoot);
+    assert_eq!(try_restore(&original, &later(3)), Fate::Refused);
 }
 
 #[test]

@@ -532,7 +532,7 @@ fn the_manifest_is_json_at_the_end_of_the_file() {
     let offset = usize::try_from(field(64)).unwrap();
     let manifest: serde_json::Value = serde_json::from_slice(&bytes[offset..]).unwrap();
     assert_eq!(manifest["guest"]["name"], "sample");
-    assert_eq!(manifest["format"]["minor"], 1);
+    assert_eq!(manifest["format"]["minor"], 2);
     assert_eq!(manifest["sections"][0]["kind"], "sample");
     assert_eq!(manifest["statistics"]["downtime_us"], 1234);
     assert_eq!(manifest["parent"], serde_json::Value::Null);

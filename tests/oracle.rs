@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::memory::{assert_same_memory, read_page, shadow};
 use common::pagewriter::assert_single_moment;
 use common::{have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Workspace};
@@ -21,15 +22,11 @@ use livepoint::machine::Machine;
 use livepoint::machine::spec::{
     BackingSpec, BootSpec, MachineSpec, SerialBackend, SerialSpec, Source,
 };
-use livepoint::page::PAGE_BYTES;
 use livepoint::restore::eager;
 use livepoint::store::{Codec, FileStorage, ImageReader};
 use livepoint::sys::anon;
 
 const MIB: u64 = 1 << 20;
-
-/// Pages that are compared at once.
-const COMPARE_BYTES: usize = 1 << 20;
 
 /// A guest that checkpoints are taken of.
 #[derive(Clone, Copy, Debug)]
@@ -129,46 +126,6 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         fs::write(NR_HUGEPAGES, self.before.trim()).unwrap();
     }
-}
-
-/// Memory of the same layout as a guest's, of the test's own.
-fn shadow(regions: &[MemoryRegion]) -> Vec<MemoryRegion> {
-    regions
-        .iter()
-        .map(|region| MemoryRegion {
-            mapping: anon::map_anonymous(region.mapping.len(), true).unwrap(),
-            ..region.clone()
-        })
-        .collect()
-}
-
-fn assert_same_memory(got: &[MemoryRegion], want: &[MemoryRegion]) {
-    let (mut a, mut b) = (vec![0_u8; COMPARE_BYTES], vec![0_u8; COMPARE_BYTES]);
-    for (got, want) in got.iter().zip(want) {
-        for offset in (0..got.mapping.len()).step_by(COMPARE_BYTES) {
-            let len = COMPARE_BYTES.min(got.mapping.len() - offset);
-            got.mapping.copy_out(offset, &mut a[..len]);
-            want.mapping.copy_out(offset, &mut b[..len]);
-            if a[..len] != b[..len] {
-                let byte = a[..len]
-                    .iter()
-                    .zip(&b[..len])
-                    .position(|(a, b)| a != b)
-                    .unwrap();
-                let gpa = got.start.gpa() + (offset + byte) as u64;
-                panic!("page {:#x} is not as it was in the pause", gpa >> 12);
-            }
-        }
-    }
-}
-
-fn read_page(regions: &[MemoryRegion], gpa: u64, out: &mut [u8]) {
-    let region = regions
-        .iter()
-        .find(|region| (region.start.gpa()..region.run().end().gpa()).contains(&gpa))
-        .unwrap_or_else(|| panic!("{gpa:#x} is in no region"));
-    let offset = usize::try_from(gpa - region.start.gpa()).unwrap();
-    region.mapping.copy_out(offset, &mut out[..PAGE_BYTES]);
 }
 
 fn start(case: Case, console: &Path) -> Arc<Machine> {

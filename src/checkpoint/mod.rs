@@ -29,6 +29,7 @@
 //! when the kernel lets it go, and its temporary file goes with it.
 
 mod capture;
+mod chain;
 mod commit;
 mod control;
 mod crew;
@@ -55,6 +56,7 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
+pub use chain::{Chain, IncrementStatistics};
 pub use error::CheckpointError;
 pub use job::{Job, Progress, Report};
 pub use options::{CheckpointOptions, PauseHook, Protocol, THREADS_MAX};

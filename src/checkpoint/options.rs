@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::chain::Chain;
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::workspace::Workspace;
 use crate::guest::Guest;
@@ -145,6 +146,12 @@ pub struct CheckpointOptions {
     /// is counted out of the downtime figure, not out of `pause_limit`. For tests that compare
     /// memory with the image, and for work that a tool must do at the captured moment.
     pub at_pause: Option<PauseHook>,
+    /// The chain that the image belongs to: it has what was written since the image before it, and
+    /// the guest's writes are tracked from then on. `None` for a whole image and no tracking after.
+    pub chain: Option<Chain>,
+    /// Has an image of a chain needed by no more than so many after it: each writes that part of
+    /// the memory which it would not have to. `None` lets images be needed for ever.
+    pub span: Option<u32>,
     /// Buffers kept from one checkpoint to the next; clone one into each of a guest's checkpoints.
     pub workspace: Workspace,
 }
@@ -166,6 +173,8 @@ impl Default for CheckpointOptions {
             spare: None,
             check_space: true,
             at_pause: None,
+            chain: None,
+            span: None,
             workspace: Workspace::default(),
         }
     }
@@ -185,6 +194,8 @@ impl fmt::Debug for CheckpointOptions {
             .field("max_staging_bytes", &self.max_staging_bytes)
             .field("max_bandwidth", &self.max_bandwidth)
             .field("pause_limit", &self.pause_limit)
+            .field("chain", &self.chain)
+            .field("span", &self.span)
             .finish_non_exhaustive()
     }
 }

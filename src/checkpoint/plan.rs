@@ -19,7 +19,7 @@ use crate::checkpoint::options::{CheckpointOptions, Protocol};
 use crate::checkpoint::policy::Policy;
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
-use crate::checkpoint::tracker::{Logging, WriteProtection};
+use crate::checkpoint::tracker::{DirtySet, Logging, WriteProtection};
 use crate::guest::DirtyLog;
 use crate::page::{PAGE_BYTES, PIECE_BYTES, WINDOW_PAGES, bitmap_words};
 use crate::store::{Storage, probe_rate};
@@ -71,7 +71,7 @@ const CLOSING_ROUNDS: u64 = 3;
 pub struct Plan {
     /// Why the protocol was chosen, where the choice was left to us.
     pub reason: Option<&'static str>,
-    /// Pages that hold anything.
+    /// Pages that hold anything; of an increment, those written since the image before it.
     pub touched_pages: u64,
     /// Pages that the guest wrote a second, by the sample; `None` where it was not taken.
     pub dirty_pages_per_s: Option<u64>,
@@ -149,6 +149,9 @@ pub(crate) fn make(
         return Ok(());
     }
     refuse_short_downtime(session)?;
+    if session.tracker.is_since_parent() {
+        return of_increment(session, storage, path);
+    }
     let control = session.control.clone();
     let mut plan = Plan {
         touched_pages: touched_pages(&session.layout, || control.check().is_ok()),
@@ -170,6 +173,30 @@ pub(crate) fn make(
         session.options.protocol = choose(session, &mut plan);
         session.statistics.protocol = session.options.protocol;
         session.policy = Policy::new(&session.options, session.layout.page_count());
+    }
+    refuse(session, &mut plan)?;
+    session.statistics.plan = Some(plan);
+    Ok(())
+}
+
+/// An increment: what is to be copied is known, and so is where the guest writes.
+fn of_increment(
+    session: &mut Session,
+    storage: &Arc<dyn Storage>,
+    path: &Path,
+) -> Result<(), Halt> {
+    let mut plan = Plan {
+        touched_pages: session.tracker.peek(&mut DirtySet::new(&session.layout))?,
+        ..Plan::default()
+    };
+    if session.options.deadline.is_some() || session.options.protocol == Protocol::Stop {
+        plan.write_bytes_per_s = Some(write_rate(session, storage, path)?);
+    }
+    if session.options.protocol == Protocol::Auto {
+        session.options.protocol = Protocol::Threaded;
+        session.statistics.protocol = Protocol::Threaded;
+        session.policy = Policy::new(&session.options, session.layout.page_count());
+        plan.reason = Some("the log of the guest's writes is on for its chain");
     }
     refuse(session, &mut plan)?;
     session.statistics.plan = Some(plan);

@@ -3,7 +3,7 @@
 //! The session's thread decides and waits; it touches neither storage nor guest memory in bulk,
 //! so that it can always answer a cancel and always resume the guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -13,6 +13,7 @@ use crossbeam_channel::{bounded, select};
 use jiff::Timestamp;
 
 use crate::checkpoint::capture::touched_pages;
+use crate::checkpoint::chain::IncrementStatistics;
 use crate::checkpoint::commit::GatedStorage;
 use crate::checkpoint::control::Control;
 use crate::checkpoint::crew::{Crew, guarded, thread_cpu_ns};
@@ -26,14 +27,15 @@ use crate::checkpoint::plan::{self, Contract};
 use crate::checkpoint::policy::Policy;
 use crate::checkpoint::protocol::{self, Captured};
 use crate::checkpoint::stats::{Downtime, Statistics, micros};
+use crate::checkpoint::tracker::{DirtySet, Logging, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
 use crate::checkpoint::writer::Tally;
 use crate::guest::Guest;
 use crate::page::PAGE_BYTES;
 use crate::state::StateSection;
 use crate::store::{
-    CommittedImage, ImageWriter, LimitedStorage, ManifestFacts, Storage, WriteOptions,
-    estimate_bytes,
+    CarryOver, CommittedImage, ImageReader, ImageWriter, LimitedStorage, ManifestFacts, Storage,
+    WriteOptions, estimate_bytes,
 };
 use crate::sys::sigmask::SignalsBlocked;
 
@@ -119,6 +121,12 @@ pub(crate) struct Session {
     disks: Option<DiskCopies>,
     pub(crate) tally: Arc<Tally>,
     pub(crate) statistics: Statistics,
+    /// What was written since the chain's last image, or the scan's mask where there is none.
+    pub(crate) tracker: Arc<Tracker>,
+    /// The image that this one continues.
+    parent: Option<Arc<ImageReader>>,
+    /// The log, from the pause of a chain's first image until its commit.
+    log: Option<Logging>,
     /// The pause, as far as it is known when it ends.
     pause: Option<PauseTimes>,
     /// CPU time of the threads that have ended, in nanoseconds.
@@ -132,6 +140,16 @@ pub(crate) struct Session {
 fn longest_pause(options: &CheckpointOptions) -> Option<Duration> {
     let promised = options.max_downtime.filter(|_| options.at_pause.is_none());
     promised.map(|most| most * 9 / 10)
+}
+
+/// Opens a committed image, to be continued.
+fn read_back(storage: &dyn Storage, committed: &CommittedImage) -> Option<Arc<ImageReader>> {
+    let opened = ImageReader::open(storage, &committed.path);
+    let reader = opened.inspect_err(|error| {
+        log::warn!("the next image will be whole, since this one cannot be read: {error}");
+    });
+    let same = |reader: &ImageReader| reader.image_uuid() == committed.image_uuid;
+    reader.ok().filter(same).map(Arc::new)
 }
 
 /// When a pause began and ended.
@@ -177,6 +195,9 @@ impl Session {
             disk_crew: Crew::new(control.clone(), cpu.clone()),
             disks: None,
             tally: Arc::default(),
+            tracker: Arc::new(Tracker::new(guest.clone(), layout.clone())),
+            parent: None,
+            log: None,
             guest,
             layout,
             options,
@@ -228,12 +249,14 @@ impl Session {
         storage: Arc<dyn Storage>,
         path: PathBuf,
     ) -> Result<CommittedImage, Halt> {
+        self.find_parent(&storage, &path)?;
+        self.await_memory()?;
         plan::make(self, &storage, &path)?;
         let storage = match self.options.max_bandwidth {
             Some(rate) => Arc::new(LimitedStorage::new(storage, rate)),
             None => storage,
         };
-        let image = self.begin_image(storage, path)?;
+        let image = self.begin_image(storage.clone(), path)?;
         let image = Arc::new(image);
         self.image = Some(image.clone());
         let disks = self.guest.disks();
@@ -244,7 +267,7 @@ impl Session {
         self.disk_crew.join()?;
         self.disks = None;
         self.job.enter(Phase::Committing)?;
-        self.commit(captured)
+        self.commit(captured, storage)
     }
 
     /// Returns the image, for a thread that writes to it.
@@ -262,10 +285,11 @@ impl Session {
         let regions = self.layout.for_image();
         // What a spare file frees is as much as it is likely to need.
         let check_space = self.options.check_space && self.options.spare.is_none();
-        let expected_bytes = check_space.then(|| {
-            let touched = touched_pages(&self.layout, || self.control.check().is_ok());
-            estimate_bytes(touched)
-        });
+        let expected_bytes = if check_space {
+            Some(estimate_bytes(self.expected_pages()?))
+        } else {
+            None
+        };
         self.control.check()?;
         let (copied, named) = disks::describe(&self.guest.disks());
         let options = WriteOptions {
@@ -277,16 +301,151 @@ impl Session {
             disks: copied,
             read_only_disks: named,
         };
+        let parent = self.parent.clone();
         self.offload("lvp-create", move || {
-            ImageWriter::create(storage, &path, &regions, &options)
-                .map_err(CheckpointError::store("begin"))
+            let begun = ImageWriter::create(storage, &path, &regions, &options);
+            let begun = begun.and_then(|mut image| match parent {
+                Some(parent) => image.inherit(parent).map(|()| image),
+                None => Ok(image),
+            });
+            begun.map_err(CheckpointError::store("begin"))
         })
     }
 
-    fn commit(&mut self, captured: Captured) -> Result<CommittedImage, Halt> {
+    /// Returns the pages that the image will hold at most, by what is known now.
+    fn expected_pages(&self) -> Result<u64, Halt> {
+        if self.parent.is_none() {
+            return Ok(touched_pages(&self.layout, || self.control.check().is_ok()));
+        }
+        let dirty = self.tracker.peek(&mut DirtySet::new(&self.layout))?;
+        let carried = self.carry_over().pages;
+        Ok((dirty + carried).min(self.layout.page_count() as u64))
+    }
+
+    /// Finds the image that this one continues, and what was written since.
+    fn find_parent(&mut self, storage: &Arc<dyn Storage>, path: &Path) -> Result<(), Halt> {
+        let Some(chain) = self.options.chain.clone() else {
+            return Ok(());
+        };
+        let (guest, storage, path) = (self.guest.clone(), storage.clone(), path.to_owned());
+        let asked = chain.clone();
+        // On a thread that can be abandoned: the disk may not answer.
+        let found = self.offload("lvp-parent", move || {
+            asked
+                .parent_for(&guest, storage.as_ref(), &path)
+                .map_err(CheckpointError::store("continue"))
+        })?;
+        let whole_because = found.as_ref().err().copied();
+        match found {
+            Ok(parent) => {
+                let tracker = Tracker::since_parent(self.guest.clone(), &self.layout);
+                self.tracker = Arc::new(tracker);
+                self.parent = Some(parent);
+            }
+            // Whatever its log has is of no use: it begins anew.
+            Err(_) => chain.end(),
+        }
+        self.statistics.increment = Some(IncrementStatistics {
+            parent: self.parent.as_ref().map(|parent| parent.image_uuid()),
+            whole_because,
+            carried_pages: 0,
+        });
+        Ok(())
+    }
+
+    /// Waits for a lazy restore that still fills the guest's memory: what is missing looks like
+    /// pages that were never touched. An increment has only what was written, which is there.
+    fn await_memory(&mut self) -> Result<(), Halt> {
+        /// How long a cancel may go unnoticed.
+        const LOOK: Duration = Duration::from_millis(5);
+        let Some(fill) = self.guest.filling() else {
+            return Ok(());
+        };
+        if self.tracker.is_since_parent() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        while !fill.wait(LOOK) {
+            self.control.check()?;
+            // A fill that fails ends the guest.
+            self.guest
+                .check_checkpointable()
+                .map_err(CheckpointError::guest("checkpoint the guest"))?;
+        }
+        self.statistics.fill_wait_us = micros(began.elapsed());
+        Ok(())
+    }
+
+    /// Returns whether the guest's writes are tracked after this checkpoint.
+    pub(crate) fn chain_goes_on(&self) -> bool {
+        self.options.chain.is_some()
+    }
+
+    /// Starts the guest's dirty log, or takes part in the chain's.
+    pub(crate) fn start_log(&self) -> Result<Logging, CheckpointError> {
+        if self.tracker.is_since_parent() {
+            Ok(Logging::of_chain(self.guest.clone()))
+        } else {
+            Logging::start(self.guest.clone())
+        }
+    }
+
+    /// Keeps the log until the image is committed; it ends where that fails, if it began here.
+    pub(crate) fn keep_log(&mut self, logging: Logging) {
+        self.log = Some(logging);
+    }
+
+    /// Returns how much of the memory that need not be written is to be written all the same.
+    fn carry_over(&self) -> CarryOver {
+        let Some(span) = self.options.span else {
+            return CarryOver::LEAST;
+        };
+        let pages = self.parent.as_ref().map_or(0, |parent| parent.data_pages());
+        CarryOver {
+            pages: pages.div_ceil(u64::from(span.max(1))),
+            ..CarryOver::LEAST
+        }
+    }
+
+    /// Gives the chain the committed image, or ends it where that cannot be read back.
+    fn advance_chain(&mut self, next: Option<Arc<ImageReader>>) {
+        let Some(chain) = &self.options.chain else {
+            return;
+        };
+        if let Some(next) = next {
+            chain.advance(&self.guest, next);
+        } else {
+            chain.end();
+        }
+        if let Some(log) = self.log.take() {
+            log.leave_on();
+        }
+    }
+
+    /// Has the chain's log know what this checkpoint took from it, which came to nothing.
+    /// `all_ended` where no thread of it takes any more.
+    fn give_back(&mut self, all_ended: bool) {
+        self.log = None;
+        if !self.tracker.is_since_parent() {
+            return;
+        }
+        if all_ended {
+            self.tracker.give_back();
+        } else if let Some(chain) = &self.options.chain {
+            log::warn!("a thread of the checkpoint is stuck: the chain of increments ends");
+            chain.end();
+        }
+    }
+
+    fn commit(
+        &mut self,
+        captured: Captured,
+        storage: Arc<dyn Storage>,
+    ) -> Result<CommittedImage, Halt> {
         let Captured { sections, moment } = captured;
         let image = self.image.take().and_then(Arc::into_inner);
         let image = image.expect("the protocol ended all who held it");
+        let image = self.carry(image)?;
         let pages = self.layout.page_count() as u64;
         self.statistics.written = self.tally.totals(pages);
         self.statistics.untouched_pages = self.tally.untouched_pages();
@@ -306,22 +465,46 @@ impl Session {
             created: moment,
         };
         let began = Instant::now();
-        let committed = self.offload("lvp-commit", move || {
+        let continues = self.chain_goes_on();
+        let (committed, next) = self.offload("lvp-commit", move || {
             for section in sections {
                 image
                     .add_section(section)
                     .map_err(CheckpointError::store("add state to"))?;
             }
-            image
+            let committed = image
                 .commit(facts)
-                .map_err(CheckpointError::store("commit"))
+                .map_err(CheckpointError::store("commit"))?;
+            let next = continues
+                .then(|| read_back(storage.as_ref(), &committed))
+                .flatten();
+            Ok((committed, next))
         })?;
+        self.advance_chain(next);
         self.statistics.commit_us = micros(began.elapsed());
         let bytes = committed.image_bytes;
         self.control
             .bytes_written
             .fetch_max(bytes, Ordering::Relaxed);
         Ok(committed)
+    }
+
+    /// Writes memory of earlier images into this one, so that they are not needed for ever.
+    fn carry(&mut self, image: ImageWriter) -> Result<ImageWriter, Halt> {
+        if self.parent.is_none() {
+            return Ok(image);
+        }
+        let (how, control) = (self.carry_over(), self.control.clone());
+        let (image, carried) = self.offload("lvp-carry", move || {
+            let carried = image.carry_over(how, || control.check().is_ok());
+            let carried = carried.map_err(CheckpointError::store("write"))?;
+            Ok((image, carried))
+        })?;
+        self.control.check()?;
+        if let Some(increment) = &mut self.statistics.increment {
+            increment.carried_pages = carried;
+        }
+        Ok(image)
     }
 
     /// Computes the totals up to now. The CPU time is that of this thread and of those that ended.
@@ -442,8 +625,9 @@ impl Session {
         // First: nobody waits for a disk that is copied no more.
         self.disks = None;
         self.disk_crew.join_until(deadline);
-        self.capture.join_until(deadline);
+        let all_ended = self.capture.join_until(deadline);
         self.writers.join_until(deadline);
+        self.give_back(all_ended);
         if let Some(image) = self.image.take() {
             // The last to hold it removes the file, which may block.
             let removed = self.writers.spawn("lvp-abort", move || {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::checkpoint::chain::IncrementStatistics;
 use crate::checkpoint::options::Protocol;
 use crate::checkpoint::plan::{Contract, Plan};
 use crate::checkpoint::policy::ClosingReason;
@@ -22,6 +23,8 @@ pub struct Statistics {
     pub protocol: Protocol,
     /// Why it was not the protocol that was asked for.
     pub fallback: Option<String>,
+    /// How the image continues another; `None` for one that belongs to no chain.
+    pub increment: Option<IncrementStatistics>,
     /// What was known before the start; `None` where nothing depended on it.
     pub plan: Option<Plan>,
     /// What was promised, and whether it was kept; the image's own copy has the promises only.
@@ -60,6 +63,8 @@ pub struct Statistics {
     pub arming: Option<ArmingStatistics>,
     /// What went to the image.
     pub written: WriteStatistics,
+    /// Waiting for a lazy restore to fill the guest's memory.
+    pub fill_wait_us: u64,
     /// From the start until the pause.
     pub live_us: u64,
     /// Ending the dirty log after the resume.

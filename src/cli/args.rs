@@ -130,6 +130,13 @@ pub(super) struct RestoreArgs {
     /// The other name [default: the old one and some digits].
     #[arg(long, requires = "new_identity")]
     pub name: Option<String>,
+    /// Let the guest run at once: its memory comes as it is touched, and in the background.
+    #[arg(long)]
+    pub lazy: bool,
+    /// Track the guest's writes from the first one on, so that `checkpoint --incremental` has
+    /// only what was written since the image.
+    #[arg(long)]
+    pub track: bool,
     #[command(flatten)]
     pub worker: WorkerArgs,
 }
@@ -216,6 +223,10 @@ pub(super) struct CheckpointArgs {
     /// Do not wait until the image is on stable storage: a power cut may lose it.
     #[arg(long)]
     pub no_sync: bool,
+    /// Write only what was written since the last incremental image in the same directory, and
+    /// track the guest's writes from now on. The first such image is whole.
+    #[arg(long)]
+    pub incremental: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -127,6 +127,7 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.downtime_budget_us = args.downtime_budget;
     request.spare = args.spare.as_deref().map(absolute).transpose()?;
     request.durable = !args.no_sync;
+    request.incremental = args.incremental;
     Ok(request)
 }
 

@@ -10,7 +10,7 @@ use super::Context;
 use super::args::{GuestsArgs, ImageArg, InspectArgs};
 use super::output::{bytes, table};
 use crate::guests;
-use crate::host::Image;
+use crate::host::{Image, ImageSummary};
 
 pub(super) fn inspect(context: &Context, args: &InspectArgs) -> anyhow::Result<()> {
     let image = Image::open(&args.image)?;
@@ -31,10 +31,11 @@ pub(super) fn inspect(context: &Context, args: &InspectArgs) -> anyhow::Result<(
     }
     context.output.print(&image.summary(), |summary| {
         format!(
-            "Image:    {} ({})\nDomain:   {} ({})\nTaken:    {}\nProtocol: {}\nMemory:   {}, {} \
+            "Image:    {} ({}){}\nDomain:   {} ({})\nTaken:    {}\nProtocol: {}\nMemory:   {}, {} \
              vCPUs\nData:     {} in {} chunks\nRoot:     {}",
             summary.image_uuid,
             bytes(summary.image_bytes),
+            chain_text(summary),
             summary.name,
             summary.guest_uuid,
             summary.created,
@@ -49,14 +50,36 @@ pub(super) fn inspect(context: &Context, args: &InspectArgs) -> anyhow::Result<(
     Ok(())
 }
 
+/// Says which images this one continues and needs, on lines of their own.
+fn chain_text(summary: &ImageSummary) -> String {
+    let mut text = String::new();
+    if let Some(parent) = &summary.parent {
+        text += &format!("\nParent:   {} ({})", parent.image_uuid, parent.file);
+    }
+    if !summary.layers.is_empty() {
+        let files: Vec<_> = summary
+            .layers
+            .iter()
+            .map(|layer| layer.file.as_str())
+            .collect();
+        let pages = summary.inherited_pages;
+        text += &format!("\nNeeds:    {} for {pages} pages", files.join(", "));
+    }
+    text
+}
+
 pub(super) fn verify(context: &Context, args: &ImageArg) -> anyhow::Result<ExitCode> {
     let report = Image::open(&args.image)?.verify()?;
     context.output.print(&report, |report| {
         format!(
-            "{}: whole: every digest holds ({} chunks, {})",
+            "{}: whole: every digest holds ({} chunks, {}{})",
             args.image.display(),
             report.chunk_count,
-            bytes(report.image_bytes)
+            bytes(report.image_bytes),
+            match report.layer_count {
+                0 => String::new(),
+                layers => format!(", and of {layers} images that it needs"),
+            }
         )
     });
     Ok(ExitCode::SUCCESS)

@@ -91,6 +91,8 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
         };
         let mut again = vec!["restore".into(), args.image.clone().into_os_string()];
         args.paused.then(|| again.push("--paused".into()));
+        args.track.then(|| again.push("--track".into()));
+        args.lazy.then(|| again.push("--lazy".into()));
         if let Some(threads) = args.threads {
             again.extend(["--threads".into(), threads.to_string().into()]);
         }
@@ -115,6 +117,8 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
         options.disks = DiskRestore::NewIn(std::path::absolute(dir)?);
     }
     options.new_name = new_name;
+    options.track = args.track;
+    options.lazy = args.lazy;
     let domain = Arc::new(Domain::restore(
         &args.image,
         &options,

@@ -89,6 +89,13 @@ pub trait DirtyLog: Send + Sync {
     fn rearm(&self, slot: u32, first_page: u64, page_count: u64, bits: &[u64]) -> io::Result<()>;
 }
 
+/// Memory that comes to a guest while it runs.
+pub trait MemoryFill: Send + Sync + std::fmt::Debug {
+    /// Waits until all of it is there, and has it come faster meanwhile; false where it is not yet
+    /// after `timeout`, or never will be.
+    fn wait(&self, timeout: Duration) -> bool;
+}
+
 /// How long the parts of a pause took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PauseTiming {
@@ -188,6 +195,12 @@ pub trait Guest: Send + Sync {
     /// Returns when the last vCPU went on after the last pause; `None` where that is not known, or
     /// has not happened. For the figures only.
     fn last_resumed(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Returns what still fills the guest's memory; `None` where all of it is there. Until then a
+    /// page that is in no page table need not be zeros.
+    fn filling(&self) -> Option<std::sync::Arc<dyn MemoryFill>> {
         None
     }
 

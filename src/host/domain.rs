@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::checkpoint::{self, Workspace};
+use crate::checkpoint::{self, Chain, Workspace};
 use crate::domain::{
     DomainConfig, DomainError, DomainName, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
 };
@@ -18,6 +18,7 @@ use crate::host::control::protocol::{DiskUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
+use crate::host::lazy;
 use crate::host::{
     CheckpointRequest, DomainEvents, EndReason, FinalState, HostError, Image, Job, MachineState,
     RuntimeDir, machine_facts,
@@ -25,7 +26,7 @@ use crate::host::{
 use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
 use crate::restore::{compat, eager};
-use crate::store::FileStorage;
+use crate::store::{FileStorage, ImageReader};
 use crate::sys::lock::LockFile;
 
 /// Most threads that read an image: beyond it memory and disk are the limit.
@@ -74,6 +75,11 @@ pub struct RestoreOptions {
     pub new_name: Option<String>,
     /// Where the image's disks are written to.
     pub disks: DiskRestore,
+    /// Whether the guest's writes are tracked from its first one on, so that the first incremental
+    /// checkpoint has only what was written since the image.
+    pub track: bool,
+    /// Whether the guest runs at once, and its memory comes as it is touched.
+    pub lazy: bool,
 }
 
 impl Default for RestoreOptions {
@@ -83,6 +89,8 @@ impl Default for RestoreOptions {
             clock: ClockPolicy::Continue,
             new_name: None,
             disks: DiskRestore::InPlace,
+            track: false,
+            lazy: false,
         }
     }
 }
@@ -116,6 +124,8 @@ pub struct Domain {
     inner: Mutex<Inner>,
     // Buffers that one checkpoint leaves for the next.
     workspace: Workspace,
+    // Of incremental checkpoints.
+    chain: Chain,
 }
 
 struct Inner {
@@ -184,6 +194,13 @@ impl Domain {
         disks::restore(reader, &mut config, &restore.disks)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels)?;
         spec.clock.after_restore = restore.clock;
+        if restore.lazy {
+            let reader = Arc::new(image.into_reader());
+            let machine = lazy::restore(&reader, spec, restore.track)?;
+            return Ok(Self::restored(
+                config, options, machine, locks, restore, reader,
+            ));
+        }
         let state = reader.sections()?;
         let unfilled = Machine::build_for_restore(spec)?;
         let fill = eager::FillOptions {
@@ -191,13 +208,32 @@ impl Domain {
             memory_is_fresh: true,
         };
         eager::fill(reader, unfilled.regions(), &fill)?;
-        let machine = unfilled.finish(state)?;
-        Ok(Self::new(
-            config,
-            options,
-            Some(Arc::new(machine)),
-            Some(locks),
+        let machine = if restore.track {
+            unfilled.finish_tracked(state)?
+        } else {
+            unfilled.finish(state)?
+        };
+        let reader = Arc::new(image.into_reader());
+        let machine = Arc::new(machine);
+        Ok(Self::restored(
+            config, options, machine, locks, restore, reader,
         ))
+    }
+
+    fn restored(
+        config: DomainConfig,
+        options: DomainOptions,
+        machine: Arc<Machine>,
+        locks: Locks,
+        restore: &RestoreOptions,
+        image: Arc<ImageReader>,
+    ) -> Self {
+        let domain = Self::new(config, options, Some(machine.clone()), Some(locks));
+        if restore.track {
+            let guest: Arc<dyn Guest> = machine;
+            domain.chain.adopt(&guest, image);
+        }
+        domain
     }
 
     fn new(
@@ -216,6 +252,7 @@ impl Domain {
                 texts: None,
             }),
             workspace: Workspace::default(),
+            chain: Chain::default(),
         }
     }
 
@@ -455,7 +492,12 @@ impl Domain {
             return Err(HostError::JobRunning { job: job.id() });
         }
         let guest: Arc<dyn Guest> = machine;
-        let options = request.engine_options(self.workspace.clone());
+        let mut options = request.engine_options(self.workspace.clone());
+        options.chain = request.incremental.then(|| self.chain.clone());
+        if options.chain.is_none() {
+            // Two cannot use the guest's dirty log: the next incremental image is whole.
+            self.chain.end();
+        }
         let started = checkpoint::start(guest, Arc::new(FileStorage), &out, options)?;
         let id = inner.jobs.last().map_or(1, |job| job.id() + 1);
         let job = Job::new(id, started);

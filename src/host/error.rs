@@ -210,6 +210,8 @@ impl HostError {
             Self::Store(error) => store_code(error),
             Self::Restore(error) => match &**error {
                 RestoreError::Layout { .. } => ErrorCode::Corrupt,
+                RestoreError::NotLazy { .. } => ErrorCode::Invalid,
+                RestoreError::Late(error) => store_code(error),
                 RestoreError::Store(error) => store_code(error),
             },
             Self::Core(error) => match &**error {
@@ -332,7 +334,8 @@ fn store_code(error: &StoreError) -> ErrorCode {
     match error {
         StoreError::Io { source, .. } => io_code(source),
         StoreError::Damaged { .. } | StoreError::State { .. } => ErrorCode::Corrupt,
-        StoreError::InUse { .. } => ErrorCode::Busy,
+        StoreError::InUse { .. } | StoreError::Named { .. } => ErrorCode::Busy,
+        StoreError::Layer { source, .. } => store_code(source),
         StoreError::EmptyChain { .. } => ErrorCode::NotFound,
         StoreError::NotReplaceable { .. } => ErrorCode::Invalid,
         StoreError::NoSpace { .. } => ErrorCode::Io,

@@ -49,6 +49,10 @@ impl Image {
         &self.reader
     }
 
+    pub(super) fn into_reader(self) -> ImageReader {
+        self.reader
+    }
+
     /// Returns the name of the domain that was saved.
     pub fn name(&self) -> &str {
         &self.reader.manifest().guest.name

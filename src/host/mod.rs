@@ -11,6 +11,7 @@ mod event;
 mod foreign;
 mod image;
 mod job;
+mod lazy;
 mod request;
 mod runtime;
 

@@ -95,6 +95,10 @@ pub struct CheckpointRequest {
     /// Whether to wait until the image is on stable storage.
     #[serde(default = "default_durable")]
     pub durable: bool,
+    /// Whether the image has only what was written since the domain's last incremental one in the
+    /// same directory, where there is one. The guest's writes are tracked from then on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incremental: bool,
 }
 
 /// Codecs travel as the text that users write.
@@ -142,6 +146,7 @@ impl CheckpointRequest {
             spare: None,
             pause_limit_ms: None,
             durable: default_durable(),
+            incremental: false,
         }
     }
 

@@ -211,10 +211,11 @@ impl Base {
         Ok((shared, requests))
     }
 
-    /// Takes a saved state, all of it.
+    /// Takes a saved state, all of it; with the dirty log on and all memory armed if `track`.
     pub(super) fn restore(
         self,
         mut state: StateSet,
+        track: bool,
     ) -> Result<(Shared, Receiver<Asked>), MachineError> {
         check_layout(&state.take::<MachineV1>(0)?, &self.spec)?;
         let saved = kvmstate::take_vcpus(&mut state, self.vcpus.len())?;
@@ -222,6 +223,16 @@ impl Base {
         let cpuids: Vec<_> = saved.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
         // First what a reset goes back to; it needs the CPUID, which the saved state brings.
         let (shared, requests) = self.power_on(&cpuids)?;
+        if track {
+            shared.ram.host_writes().clear();
+            shared
+                .dirty_log
+                .start_armed()
+                .map_err(|source| MachineError::Kvm {
+                    what: "start the dirty log",
+                    source,
+                })?;
+        }
         let vcpus: Vec<_> = shared.vcpus.iter().map(|vcpu| &vcpu.fd).collect();
         let policy = shared.spec.clock.after_restore;
         kvmstate::restore_taken(&shared.vm, &vcpus, &board, &saved, policy)?;

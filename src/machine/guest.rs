@@ -1,13 +1,14 @@
 //! The machine as the checkpoint engine sees it.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::lifecycle::MachineState;
 use super::shared::Shared;
 use super::{Machine, build};
 use crate::guest::{
-    Description, DirtyLog, Guest, GuestDisk, GuestError, HostWrites, MemoryRegion, PauseTiming,
+    Description, DirtyLog, Guest, GuestDisk, GuestError, HostWrites, MemoryFill, MemoryRegion,
+    PauseTiming,
 };
 use crate::kvmstate;
 use crate::state::StateSection;
@@ -129,6 +130,18 @@ impl Guest for Machine {
 
     fn last_resumed(&self) -> Option<Instant> {
         self.shared.gate.last_left()
+    }
+
+    fn filling(&self) -> Option<Arc<dyn MemoryFill>> {
+        let mut filling = self.shared.lock_filling();
+        // Asked once it is complete it is forgotten, and with it the image.
+        if filling
+            .as_ref()
+            .is_some_and(|fill| fill.wait(Duration::ZERO))
+        {
+            *filling = None;
+        }
+        filling.clone()
     }
 
     fn save_state(&self) -> Result<Vec<StateSection>, GuestError> {

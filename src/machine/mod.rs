@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
-use crate::guest::{GateTimeout, HostWrites, MemoryRegion};
+use crate::guest::{GateTimeout, HostWrites, MemoryFill, MemoryRegion};
 use crate::kvmstate::{self, KvmStateError};
 use crate::state::{StateError, StateSet};
 use crate::sys::kvm_run::VcpuRun;
@@ -349,6 +349,17 @@ impl Machine {
         self.shared.end(&MachineEvent::Shutoff(reason));
     }
 
+    /// Ends the machine, since something that it needs has failed: `why` is the reason that it gives.
+    pub fn fail(&self, why: &str) {
+        let reason = ShutoffReason::Failed(why.to_owned());
+        self.shared.end(&MachineEvent::Shutoff(reason));
+    }
+
+    /// Says what still fills the machine's memory, of which nobody else knows what is missing.
+    pub fn set_filling(&self, fill: Arc<dyn MemoryFill>) {
+        *self.shared.lock_filling() = Some(fill);
+    }
+
     /// Returns what the machine is doing.
     pub fn state(&self) -> MachineState {
         self.shared.lifecycle.state()
@@ -430,6 +441,13 @@ impl UnfilledMachine {
 
     /// Gives the machine its state; every section of `state` must be used. Start it then.
     pub fn finish(self, state: StateSet) -> Result<Machine, MachineError> {
-        self.base.restore(state).map(Machine::new)
+        self.base.restore(state, false).map(Machine::new)
+    }
+
+    /// Like [`UnfilledMachine::finish`], with the dirty log on and every page armed before KVM or a
+    /// device writes any: the log has all that the guest's memory comes to differ in from what the
+    /// caller filled it with.
+    pub fn finish_tracked(self, state: StateSet) -> Result<Machine, MachineError> {
+        self.base.restore(state, true).map(Machine::new)
     }
 }

@@ -24,7 +24,7 @@ use super::vcpu::Vcpu;
 use super::virtio::VirtioPci;
 use super::virtio::blk::Disk;
 use super::{MachineError, describe_chain};
-use crate::guest::{GateTimeout, VcpuGate};
+use crate::guest::{GateTimeout, MemoryFill, VcpuGate};
 use crate::kvmstate::{self, Board, KvmDirtyLog, MsrSet, VcpuRestore};
 use crate::state::HostFacts;
 use crate::state::vcpu::VcpuV1;
@@ -103,6 +103,8 @@ pub(super) struct Shared {
     pub changing: Mutex<Holds>,
     /// The guest's clock when its user paused it; `None` while it runs.
     pub paused_clock: Mutex<Option<u64>>,
+    /// What still fills memory.
+    pub filling: Mutex<Option<Arc<dyn MemoryFill>>>,
     /// How many engine pauses are in force; held while devices are paused or resumed.
     pub quiesced: Mutex<u32>,
     stopping: AtomicBool,
@@ -209,6 +211,7 @@ impl Shared {
             run_page_bytes: parts.run_page_bytes,
             changing: Mutex::default(),
             paused_clock: Mutex::default(),
+            filling: Mutex::default(),
             quiesced: Mutex::new(0),
             stopping: AtomicBool::new(false),
             restarts: Mutex::new(0),
@@ -231,6 +234,10 @@ impl Shared {
         self.gate.close(STOP_TIMEOUT, |place| {
             self.vcpus[place].kick(self.kick_signal);
         })
+    }
+
+    pub(super) fn lock_filling(&self) -> MutexGuard<'_, Option<Arc<dyn MemoryFill>>> {
+        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the guest's clock when its user paused it.

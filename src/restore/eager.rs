@@ -48,6 +48,15 @@ pub enum FillError {
         /// The first difference.
         difference: String,
     },
+    /// Memory cannot be filled while the guest runs.
+    #[error("the image cannot be restored lazily: {reason}")]
+    NotLazy {
+        /// Why not.
+        reason: String,
+    },
+    /// What was to come while the guest ran did not.
+    #[error("memory could not be filled")]
+    Late(#[source] std::sync::Arc<StoreError>),
     /// The image could not be read, or is damaged.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -91,7 +100,10 @@ pub fn fill(
     Ok(stats)
 }
 
-fn check_layout(saved: &[RegionLayout], regions: &[MemoryRegion]) -> Result<(), FillError> {
+pub(super) fn check_layout(
+    saved: &[RegionLayout],
+    regions: &[MemoryRegion],
+) -> Result<(), FillError> {
     let differ = |difference: String| Err(FillError::Layout { difference });
     if saved.len() != regions.len() {
         return differ(format!(

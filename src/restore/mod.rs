@@ -7,3 +7,4 @@ pub mod compat;
 pub mod core;
 pub mod disks;
 pub mod eager;
+pub mod lazy;

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::store::backend::{EntryKind, LockKind, Storage, StorageFile};
 use crate::store::error::StoreError;
 use crate::store::format::{IMAGE_SUFFIX, MAGIC};
+use crate::store::source::peek_manifest;
 use crate::sys::lock::Holder;
 
 /// Name suffix of an image that is not committed.
@@ -77,6 +78,22 @@ impl Target {
         &self.dir
     }
 
+    /// Fails where an increment may not be: only files of a name with our suffix are searched for
+    /// the layers that they need.
+    pub(crate) fn check_increment(&self) -> Result<(), StoreError> {
+        match &self.kind {
+            TargetKind::File { path, .. } if !has_image_suffix(path) => {
+                Err(StoreError::Unwritable {
+                    reason: format!(
+                        "the name of an increment ends in {IMAGE_SUFFIX}, {} does not",
+                        path.display()
+                    ),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Returns the path of the temporary file.
     pub(crate) fn part(&self) -> PathBuf {
         match &self.kind {
@@ -110,6 +127,15 @@ impl Target {
             }
         }
     }
+}
+
+/// Returns the directory that an image written to `path` will be in.
+pub(crate) fn directory_for(storage: &dyn Storage, path: &Path) -> Result<PathBuf, StoreError> {
+    let kind = storage.kind(path).map_err(StoreError::io("find", path))?;
+    Ok(match kind {
+        Some(EntryKind::Directory) => path.to_owned(),
+        _ => parent_of(path),
+    })
 }
 
 /// Returns the directory that holds `path`.
@@ -150,8 +176,47 @@ fn lock_replaced(storage: &dyn Storage, path: &Path) -> Result<Box<dyn StorageFi
                 });
             }
         }
+        refuse_named(storage, path)?;
     }
     Ok(file)
+}
+
+/// Fails where an image beside `path` needs the one there.
+///
+/// Called with the file locked: whoever writes an increment leases what it needs until its image
+/// is visible, so that nobody can come to need the file between this look and the end of the lock.
+fn refuse_named(storage: &dyn Storage, path: &Path) -> Result<(), StoreError> {
+    let dir = parent_of(path);
+    let names = storage
+        .list(&dir)
+        .map_err(StoreError::io("list directory", &dir))?;
+    for name in names {
+        let other = dir.join(&name);
+        if !has_image_suffix(&other) || path.file_name() == Some(&name) {
+            continue;
+        }
+        // What cannot be read cannot be restored, with this file or without.
+        let Ok(manifest) = peek_manifest(storage, &other) else {
+            continue;
+        };
+        let file = path.file_name().and_then(OsStr::to_str);
+        if manifest
+            .layers
+            .iter()
+            .any(|layer| Some(layer.file.as_str()) == file)
+        {
+            return Err(StoreError::Named {
+                path: path.to_owned(),
+                by: other,
+            });
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn has_image_suffix(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_encoded_bytes().ends_with(IMAGE_SUFFIX.as_bytes())
 }
 
 /// Makes and locks the temporary file at `part`; one that a dead writer left is removed first.
@@ -204,6 +269,7 @@ pub(crate) fn take_over_spare(
     storage
         .remove(part)
         .map_err(StoreError::io("remove", part))?;
+    refuse_named(storage, spare)?;
     match storage.take_over(spare, part) {
         Ok(file) => Ok(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => create_part(storage, part),

@@ -35,6 +35,11 @@ pub enum Place {
         /// Number of the record, from 0.
         run: usize,
     },
+    /// One layer: another image that holds a part of the memory.
+    Layer {
+        /// Number of the layer in the manifest, from 0.
+        layer: usize,
+    },
     /// One state section.
     Section {
         /// Number of the section in the manifest, from 0.
@@ -52,6 +57,7 @@ impl fmt::Display for Place {
             Self::Chunk { chunk } => write!(f, "chunk {chunk}"),
             Self::PageIndex => f.write_str("page index"),
             Self::Run { run } => write!(f, "page index record {run}"),
+            Self::Layer { layer } => write!(f, "layer {layer}"),
             Self::Section { section } => write!(f, "state section {section}"),
         }
     }
@@ -106,6 +112,25 @@ pub enum StoreError {
         place: Place,
         /// What is wrong there.
         reason: String,
+    },
+    /// Another image, which holds a part of this one's memory, cannot be used.
+    #[error("image {} needs {}, which cannot be used", path.display(), layer.display())]
+    Layer {
+        /// The image.
+        path: PathBuf,
+        /// What it needs.
+        layer: PathBuf,
+        /// Why that cannot be used.
+        #[source]
+        source: Box<StoreError>,
+    },
+    /// The image holds memory that other images need.
+    #[error("image {} holds memory that {} needs", path.display(), by.display())]
+    Named {
+        /// The image.
+        path: PathBuf,
+        /// One that needs it.
+        by: PathBuf,
     },
     /// The state sections of the image contradict one another.
     #[error("image {} holds unusable state", path.display())]

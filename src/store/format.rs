@@ -21,10 +21,12 @@ pub(crate) const MAGIC: [u8; 8] = *b"\x89LPI\r\n\x1a\n";
 pub const FORMAT_MAJOR: u16 = 0;
 
 /// Minor version of the format.
-pub const FORMAT_MINOR: u16 = 1;
+pub const FORMAT_MINOR: u16 = 2;
 
 /// Version of the format that an image is written in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub(crate) struct FormatVersion {
     pub(crate) major: u16,
     pub(crate) minor: u16,
@@ -36,6 +38,12 @@ impl FormatVersion {
         major: FORMAT_MAJOR,
         minor: FORMAT_MINOR,
     };
+
+    /// The first that has layers; an image without them is for older readers too.
+    pub(crate) const FIRST_WITH_LAYERS: Self = Self { major: 0, minor: 2 };
+
+    /// The first of all.
+    pub(crate) const FIRST: Self = Self { major: 0, minor: 1 };
 }
 
 /// Name suffix of an image in a chain.
@@ -71,6 +79,9 @@ pub(crate) const CHUNK_BYTES_MAX: usize = CHUNK_PAGES_MAX * PAGE_BYTES;
 /// Most chunks: the writer's page table has 24 bits for one, all ones meaning none; 32 TiB of
 /// whole pieces.
 pub(crate) const CHUNK_COUNT_MAX: usize = (1 << 24) - 1;
+
+/// Most layers: each is an open file of every reader.
+pub const LAYER_COUNT_MAX: usize = 64;
 
 /// Most pages of guest memory: 16 TiB, more than KVM on x86-64 maps in practice.
 pub const PAGES_MAX: u64 = 1 << 32;
@@ -115,7 +126,7 @@ pub(crate) fn narrow(value: u64) -> usize {
 }
 
 /// A BLAKE3 digest; lower-case hexadecimal in text.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Digest(pub(crate) [u8; DIGEST_BYTES]);
 
 impl Digest {
@@ -191,6 +202,8 @@ pub(crate) struct HeaderRecord {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) format: FormatVersion,
+    /// The oldest reader that may open the image.
+    pub(crate) oldest_reader: FormatVersion,
     pub(crate) image_uuid: uuid::Uuid,
     pub(crate) guest_uuid: uuid::Uuid,
     pub(crate) file_bytes: u64,
@@ -206,8 +219,8 @@ impl Header {
             magic: MAGIC,
             major: self.format.major.into(),
             minor: self.format.minor.into(),
-            reader_major: FORMAT_MAJOR.into(),
-            reader_minor: FORMAT_MINOR.into(),
+            reader_major: self.oldest_reader.major.into(),
+            reader_minor: self.oldest_reader.minor.into(),
             header_bytes: HEADER_BYTES_FIELD.into(),
             page_bytes: PAGE_BYTES_FIELD.into(),
             image_uuid: self.image_uuid.into_bytes(),
@@ -249,12 +262,16 @@ impl Header {
             )));
         }
         if record.reserved.iter().any(|&byte| byte != 0) {
-            return Err(damaged("has bytes where format 0.1 has zeros".to_owned()));
+            return Err(damaged("has bytes that must be zeros".to_owned()));
         }
         Ok(Self {
             format: FormatVersion {
                 major: record.major.get(),
                 minor: record.minor.get(),
+            },
+            oldest_reader: FormatVersion {
+                major: reader.0,
+                minor: reader.1,
             },
             image_uuid: uuid::Uuid::from_bytes(record.image_uuid),
             guest_uuid: uuid::Uuid::from_bytes(record.guest_uuid),
@@ -343,7 +360,7 @@ impl Chunk {
         let codec = ChunkCodec::from_code(record.codec)
             .ok_or_else(|| Damage::new(place, format!("names unknown codec {}", record.codec)))?;
         if record.reserved_a != 0 || record.reserved_b != [0; 12] {
-            return Err(Damage::new(place, "has bytes where format 0.1 has zeros"));
+            return Err(Damage::new(place, "has bytes that must be zeros"));
         }
         let chunk = Self {
             offset: record.offset.get(),
@@ -431,7 +448,7 @@ impl IndexRun {
             chunk => RunSource::Chunk { chunk, first_page },
         };
         if record.reserved.get() != 0 {
-            return Err(Damage::new(place, "has bytes where format 0.1 has zeros"));
+            return Err(Damage::new(place, "has bytes that must be zeros"));
         }
         Ok(Self {
             start: Gfn(record.start.get()),

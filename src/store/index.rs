@@ -17,12 +17,19 @@ const LOCATION_BITS: u32 = 33;
 const ZERO_LOCATION: u64 = (1 << LOCATION_BITS) - 1;
 
 /// The highest epoch that a writer takes.
-pub const EPOCH_MAX: u32 = (1 << (64 - LOCATION_BITS)) - 2;
+pub const EPOCH_MAX: u32 = (1 << (64 - LOCATION_BITS)) - 3;
+
+/// Age of a copy that was carried over from an earlier image: every captured one is newer.
+const CARRIED: u64 = 1;
+
+/// Age of the copies of epoch 0.
+const EPOCH_0: u64 = 2;
 
 /// Where the newest copy of every page is; written by any number of threads without a lock.
 ///
-/// A slot holds the epoch plus one in its top bits and the location below, so that `fetch_max`
-/// keeps the newest copy whatever order copies arrive in. Zero means that the page never came.
+/// A slot holds the copy's age in its top bits (the epoch plus two, or one where it was carried
+/// over) and the location below, so that `fetch_max` keeps the newest copy whatever order copies
+/// arrive in. Zero means that the page never came.
 #[derive(Debug)]
 pub(crate) struct PageTable {
     regions: Box<[TableRegion]>,
@@ -79,15 +86,35 @@ impl PageTable {
             };
             last = Some(region);
             if let Some(slot) = region.slots.get(narrow(gfn.0 - region.run.start.0)) {
-                slot.fetch_max(encode(epoch, source), Ordering::Relaxed);
+                slot.fetch_max(encode(age(epoch), source), Ordering::Relaxed);
             }
         }
+    }
+
+    /// Records copies that were carried over from an earlier image: any other is newer.
+    pub(crate) fn record_carried(&self, copies: impl Iterator<Item = (Gfn, RunSource)>) {
+        for (gfn, source) in copies {
+            if let Some(slot) = self.slot(gfn) {
+                slot.fetch_max(encode(CARRIED, source), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Returns whether a copy of a page came.
+    pub(crate) fn has(&self, gfn: Gfn) -> bool {
+        self.slot(gfn)
+            .is_some_and(|slot| slot.load(Ordering::Relaxed) != 0)
+    }
+
+    fn slot(&self, gfn: Gfn) -> Option<&AtomicU64> {
+        let region = self.region_of(gfn).ok()?;
+        region.slots.get(narrow(gfn.0 - region.run.start.0))
     }
 
     /// Records that the pages of `run` were zeros in epoch `epoch`. The run may cross regions
     /// that touch, but every page of it must be in one.
     pub(crate) fn record_zero_run(&self, epoch: u32, run: PageRun) -> Result<(), StoreError> {
-        let value = encode(epoch, RunSource::Zero);
+        let value = encode(age(epoch), RunSource::Zero);
         let mut rest = run;
         while rest.page_count > 0 {
             let region = self.region_of(rest.start)?;
@@ -107,14 +134,21 @@ impl PageTable {
         Ok(())
     }
 
-    /// Returns the runs of the newest copies; a page that never came is an error.
-    pub(crate) fn runs(&self) -> Result<Vec<IndexRun>, StoreError> {
+    /// Returns the runs of the newest copies. A page that never came is where `inherited` has it;
+    /// without that it is an error.
+    pub(crate) fn runs(
+        &self,
+        inherited: Option<Inherited<'_>>,
+    ) -> Result<Vec<IndexRun>, StoreError> {
         let mut runs = Vec::new();
+        let mut earlier = inherited.map(Inherited::cursor);
         let mut missing: Option<(Gfn, u64)> = None;
         for region in &self.regions {
             let mut open: Option<IndexRun> = None;
             for (gfn, slot) in (region.run.start.0..).map(Gfn).zip(&region.slots) {
-                let Some(source) = decode(slot.load(Ordering::Relaxed)) else {
+                let own = decode(slot.load(Ordering::Relaxed));
+                let found = own.or_else(|| earlier.as_mut()?.find(gfn));
+                let Some(source) = found else {
                     missing = Some(missing.map_or((gfn, 0), |(first, others)| (first, others + 1)));
                     continue;
                 };
@@ -136,6 +170,50 @@ impl PageTable {
             Some((gfn, others)) => Err(StoreError::Uncovered { gfn, others }),
             None => Ok(runs),
         }
+    }
+}
+
+/// Where an earlier image has the pages that were not captured again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inherited<'a> {
+    /// Its runs, sorted.
+    pub(crate) runs: &'a [IndexRun],
+    /// What its chunk numbers are raised by, so that they come after the image's own.
+    pub(crate) first_chunk: u32,
+}
+
+impl<'a> Inherited<'a> {
+    fn cursor(self) -> InheritedCursor<'a> {
+        InheritedCursor {
+            inherited: self,
+            next: 0,
+        }
+    }
+}
+
+/// Finds pages in ascending order.
+struct InheritedCursor<'a> {
+    inherited: Inherited<'a>,
+    next: usize,
+}
+
+impl InheritedCursor<'_> {
+    fn find(&mut self, gfn: Gfn) -> Option<RunSource> {
+        let Inherited { runs, first_chunk } = self.inherited;
+        while runs.get(self.next)?.end() <= gfn {
+            self.next += 1;
+        }
+        let run = runs.get(self.next).filter(|run| run.start <= gfn)?;
+        Some(match run.source {
+            RunSource::Zero => RunSource::Zero,
+            RunSource::Chunk { chunk, first_page } => {
+                let page = u16::try_from(gfn.0 - run.start.0).expect("runs are inside chunks");
+                RunSource::Chunk {
+                    chunk: first_chunk + chunk,
+                    first_page: first_page + page,
+                }
+            }
+        })
     }
 }
 
@@ -161,14 +239,18 @@ fn continues(run: &IndexRun, source: RunSource) -> bool {
     }
 }
 
-fn encode(epoch: u32, source: RunSource) -> u64 {
+fn age(epoch: u32) -> u64 {
+    u64::from(epoch) + EPOCH_0
+}
+
+fn encode(age: u64, source: RunSource) -> u64 {
     let location = match source {
         RunSource::Zero => ZERO_LOCATION,
         RunSource::Chunk { chunk, first_page } => {
             u64::from(chunk) << PAGE_BITS | u64::from(first_page)
         }
     };
-    (u64::from(epoch) + 1) << LOCATION_BITS | location
+    age << LOCATION_BITS | location
 }
 
 fn decode(slot: u64) -> Option<RunSource> {
@@ -283,6 +365,28 @@ impl PageIndex {
             .iter()
             .filter(|run| run.source == RunSource::Zero)
             .map(page_run)
+    }
+
+    /// Returns where the data of `pages` is: the chunk, and the pages in it.
+    pub(crate) fn sources_in(
+        &self,
+        pages: PageRun,
+    ) -> impl Iterator<Item = (usize, ChunkRun)> + '_ {
+        let first = self.runs.partition_point(|run| run.end() <= pages.start);
+        let runs = self.runs.get(first..).unwrap_or_default().iter();
+        runs.take_while(move |run| run.start < pages.end())
+            .filter_map(move |run| {
+                let RunSource::Chunk { chunk, first_page } = run.source else {
+                    return None;
+                };
+                let part = page_run(run).intersection(pages)?;
+                let skipped = narrow(part.start.0 - run.start.0);
+                let place = ChunkRun {
+                    run: part,
+                    first_page: usize::from(first_page) + skipped,
+                };
+                Some((narrow(u64::from(chunk)), place))
+            })
     }
 
     /// Returns the run that holds `gfn`.

@@ -73,10 +73,52 @@ pub struct Manifest {
     /// The disks that are only named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub read_only_disks: Vec<ReadOnlyDisk>,
-    // Not written by format 0.1; a reader refuses an image that has one.
-    pub(crate) parent: Option<serde_json::Value>,
+    /// The image that this one continues; a restore does not need it unless it is a layer.
+    pub parent: Option<ParentRef>,
+    /// The images that hold the memory which was not written since, in the order in which their
+    /// chunks are numbered after this image's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerRef>,
     /// Figures of the checkpoint, for people.
     pub statistics: serde_json::Value,
+}
+
+/// Names an image by its content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParentRef {
+    /// Its UUID.
+    pub image_uuid: Uuid,
+    pub(crate) root_digest: Digest,
+    /// Its file's name, in the directory of the image that names it.
+    pub file: String,
+}
+
+/// An image whose chunks another one's page index names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRef {
+    /// Its UUID.
+    pub image_uuid: Uuid,
+    pub(crate) root_digest: Digest,
+    /// Its file's name, in the directory of the image that names it.
+    pub file: String,
+    /// Its own chunks.
+    pub(crate) chunk_count: u32,
+}
+
+impl ParentRef {
+    /// Returns the parent's root digest in hexadecimal.
+    pub fn root_digest(&self) -> String {
+        self.root_digest.to_string()
+    }
+}
+
+/// Returns whether `name` names a file in a directory, and nothing elsewhere.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.contains(['/', '\0'])
+        && name != "."
+        && name != ".."
 }
 
 /// The guest of an image.

@@ -16,11 +16,15 @@ mod deferred;
 mod disks;
 mod error;
 mod format;
+mod increment;
 mod index;
+mod layer;
 mod manifest;
 mod options;
 mod probe;
 mod reader;
+mod retention;
+mod source;
 mod space;
 mod tripwires;
 mod verify;
@@ -35,14 +39,17 @@ pub use codec::{Codec, UnknownCodec};
 pub use disks::{DISK_COUNT_MAX, DISK_NAME_BYTES_MAX, DiskLayout, ReadOnlyDisk};
 pub use error::{Place, StoreError};
 pub use format::{
-    FORMAT_MAJOR, FORMAT_MINOR, IMAGE_BYTES_MAX, IMAGE_SUFFIX, MANIFEST_BYTES_MAX, PAGES_MAX,
+    FORMAT_MAJOR, FORMAT_MINOR, IMAGE_BYTES_MAX, IMAGE_SUFFIX, LAYER_COUNT_MAX, MANIFEST_BYTES_MAX,
+    PAGES_MAX,
 };
+pub use increment::{CarryOver, fold};
 pub use index::EPOCH_MAX;
-pub use manifest::{GuestFacts, Manifest, ManifestFacts};
+pub use manifest::{GuestFacts, LayerRef, Manifest, ManifestFacts, ParentRef};
 pub use options::{RegionLayout, WriteOptions};
 pub use probe::probe_rate;
 pub use reader::{ChunkRun, ImageReader, ReadScratch};
+pub use retention::{Garbage, collect_garbage};
 pub use space::{ensure_free, estimate_bytes};
-pub use verify::{ChunkCounts, ImageSummary, SectionSummary, VerifyReport};
+pub use verify::{ChunkCounts, ImageName, ImageSummary, SectionSummary, VerifyReport};
 pub use writer::{ChunkPages, ChunkScratch, ChunkStats, CommittedImage, ImageWriter};
 pub use zero::is_zero;

@@ -13,7 +13,7 @@ use crate::store::format::{
 };
 
 const _: () = assert!(u64::from_le_bytes(MAGIC) == 0x0a1a_0a0d_4950_4c89);
-const _: () = assert!(FORMAT_MAJOR == 0 && FORMAT_MINOR == 1);
+const _: () = assert!(FORMAT_MAJOR == 0 && FORMAT_MINOR == 2);
 const _: () = assert!(PAGE_BYTES == 4096 && PIECE_PAGES == 512);
 const _: () = assert!(HEADER_BYTES == 4096 && EXTENT_ALIGN == 4096 && DIGEST_BYTES == 32);
 const _: () = assert!(HEADER_BYTES_FIELD == 4096 && PAGE_BYTES_FIELD == 4096);

@@ -9,7 +9,8 @@ use uuid::Uuid;
 use crate::page::PAGE_BYTES;
 use crate::store::disks::{DISK_FRAMES_START, DiskLayout, ReadOnlyDisk};
 use crate::store::error::StoreError;
-use crate::store::format::{ChunkCodec, RunSource, wide};
+use crate::store::format::{ChunkCodec, wide};
+use crate::store::manifest::{LayerRef, ParentRef};
 use crate::store::reader::{ImageReader, ReadScratch};
 
 /// What [`ImageReader::verify`] read; it is whole, else there is an error instead.
@@ -17,8 +18,10 @@ use crate::store::reader::{ImageReader, ReadScratch};
 pub struct VerifyReport {
     /// Length of the image.
     pub image_bytes: u64,
-    /// Chunks whose digests hold and which decode.
+    /// Chunks whose digests hold and which decode, those used of layers included.
     pub chunk_count: u64,
+    /// Other images that hold a part of this one's memory, and were checked with it.
+    pub layer_count: u64,
     /// Bytes of guest memory in them, superseded copies included.
     pub chunk_raw_bytes: u64,
     /// State sections whose digests hold.
@@ -54,8 +57,14 @@ pub struct ImageSummary {
     pub data_pages: u64,
     /// Pages of zeros.
     pub zero_pages: u64,
+    /// Pages whose data is in a layer: they were not written since that image.
+    pub inherited_pages: u64,
     /// Copies in the image that a later one superseded.
     pub superseded_pages: u64,
+    /// The image that this one continues.
+    pub parent: Option<ImageName>,
+    /// The images that hold a part of this one's memory, the newest first.
+    pub layers: Vec<ImageName>,
     /// Length of the image.
     pub image_bytes: u64,
     /// Chunks by how they are stored.
@@ -72,6 +81,37 @@ pub struct ImageSummary {
     pub sections: Vec<SectionSummary>,
     /// Figures of the checkpoint.
     pub statistics: serde_json::Value,
+}
+
+/// An image as another one names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ImageName {
+    /// Its file, in the same directory.
+    pub file: String,
+    /// Its UUID.
+    pub image_uuid: Uuid,
+    /// Its root digest, in hexadecimal.
+    pub root_digest: String,
+}
+
+impl From<&ParentRef> for ImageName {
+    fn from(named: &ParentRef) -> Self {
+        Self {
+            file: named.file.clone(),
+            image_uuid: named.image_uuid,
+            root_digest: named.root_digest.to_string(),
+        }
+    }
+}
+
+impl From<&LayerRef> for ImageName {
+    fn from(named: &LayerRef) -> Self {
+        Self {
+            file: named.file.clone(),
+            image_uuid: named.image_uuid,
+            root_digest: named.root_digest.to_string(),
+        }
+    }
 }
 
 /// Chunks by how they are stored.
@@ -104,16 +144,21 @@ impl ImageReader {
     /// The first damage found is the error. Opening has checked the rest: header, manifest, chunk
     /// table and page index.
     pub fn verify(&self, threads: usize) -> Result<VerifyReport, StoreError> {
-        let chunks: Vec<usize> = (0..self.chunk_count()).collect();
+        // All of its own; of its layers what a restore uses.
+        let own = 0..self.own_chunk_count();
+        let layers = self.own_chunk_count()..self.chunk_count();
+        let live = layers.filter(|&chunk| self.runs_of_chunk(chunk).next().is_some());
+        let chunks: Vec<usize> = own.chain(live).collect();
         self.for_each_chunk(&chunks, threads, |_, _| {})?;
         // Taken and dropped: that they all decode into a set is the check.
         let _sections = self.sections()?;
         Ok(VerifyReport {
             image_bytes: self.image_bytes(),
-            chunk_count: wide(self.chunk_count()),
-            chunk_raw_bytes: self
-                .chunks()
+            chunk_count: wide(chunks.len()),
+            layer_count: wide(self.layers().len()),
+            chunk_raw_bytes: chunks
                 .iter()
+                .filter_map(|&chunk| self.chunks().get(chunk))
                 .map(|chunk| wide(chunk.raw_bytes()))
                 .sum(),
             section_count: wide(self.manifest().sections.len()),
@@ -182,15 +227,15 @@ impl ImageReader {
             .sum();
         let zero_pages: u64 = self.zero_runs().map(|run| run.page_count).sum();
         let data_pages = memory_pages - zero_pages;
-        let all = self.index().runs().iter();
-        let disk_pages: u64 = all
-            .filter(|run| run.start.0 >= DISK_FRAMES_START && run.source != RunSource::Zero)
-            .map(|run| u64::from(run.page_count))
-            .sum();
+        let own = || (0..self.own_chunk_count()).flat_map(|chunk| self.runs_of_chunk(chunk));
+        let own_pages: u64 = own().map(|part| part.run.page_count).sum();
+        let own_memory = own().filter(|part| part.run.start.0 < DISK_FRAMES_START);
+        let own_memory_pages: u64 = own_memory.map(|part| part.run.page_count).sum();
         let mut chunks = ChunkCounts::default();
         let mut chunk_pages = 0;
         let mut stored_bytes = 0;
-        for chunk in self.chunks() {
+        let own = self.chunks().get(..self.own_chunk_count());
+        for chunk in own.unwrap_or_default() {
             chunk_pages += u64::from(chunk.page_count);
             stored_bytes += u64::from(chunk.stored_bytes);
             match chunk.codec {
@@ -218,7 +263,10 @@ impl ImageReader {
             memory_bytes: memory_pages * wide(PAGE_BYTES),
             data_pages,
             zero_pages,
-            superseded_pages: chunk_pages - data_pages - disk_pages,
+            superseded_pages: chunk_pages - own_pages,
+            inherited_pages: data_pages - own_memory_pages,
+            parent: manifest.parent.as_ref().map(ImageName::from),
+            layers: manifest.layers.iter().map(ImageName::from).collect(),
             image_bytes: self.image_bytes(),
             chunks,
             stored_bytes,

@@ -20,9 +20,11 @@ use crate::store::format::{
     Header, IMAGE_BYTES_MAX, MANIFEST_BYTES_MAX, PAGE_BYTES_FIELD, RUN_COUNT_MAX, RunSource,
     SECTION_COUNT_MAX, SECTION_KIND_BYTES_MAX, STATE_BYTES_MAX, extent_end, narrow, wide,
 };
+use crate::store::increment;
 use crate::store::index::{EPOCH_MAX, PageTable};
 use crate::store::manifest::{Extent, GuestFacts, Manifest, ManifestFacts, SectionEntry};
 use crate::store::options::{RegionLayout, WriteOptions, check_writable};
+use crate::store::reader::ImageReader;
 use crate::store::space;
 use crate::store::zero::is_zero;
 
@@ -46,7 +48,7 @@ pub struct ChunkPages<'a> {
 pub struct ChunkScratch {
     compressor: Compressor,
     packed: Vec<u8>,
-    sources: Vec<RunSource>,
+    pub(crate) sources: Vec<RunSource>,
 }
 
 /// What became of one call's pages.
@@ -66,15 +68,19 @@ pub struct ChunkStats {
 #[derive(Debug)]
 pub struct ImageWriter {
     storage: Arc<dyn Storage>,
-    target: Target,
+    pub(crate) target: Target,
     part: PathBuf,
     // Locked exclusively; closing it ends the lock, after the name is gone or is the image's.
     file: Box<dyn StorageFile>,
     options: WriteOptions,
-    regions: Vec<RegionLayout>,
+    pub(crate) regions: Vec<RegionLayout>,
     disk_frames: Vec<PageRun>,
     image_uuid: Uuid,
-    pages: PageTable,
+    pub(crate) pages: PageTable,
+    /// What the image continues, leased until it is committed.
+    pub(crate) parent: Option<Arc<ImageReader>>,
+    /// Whether nothing of the parent is left to be named.
+    pub(crate) is_whole: bool,
     // Held for the push of a record, never during I/O.
     chunks: Mutex<Vec<PendingChunk>>,
     /// End of the last reserved extent; moves under the lock of `chunks`.
@@ -134,6 +140,8 @@ impl ImageWriter {
             disk_frames,
             image_uuid: Uuid::new_v4(),
             pages: PageTable::new(&all),
+            parent: None,
+            is_whole: false,
             chunks: Mutex::new(Vec::new()),
             tail: AtomicU64::new(wide(HEADER_BYTES)),
             reserved: AtomicU64::new(0),
@@ -172,14 +180,27 @@ impl ImageWriter {
             pages.epoch
         );
         self.pages.check(pages.frames)?;
+        let stats = self.store(pages.data, scratch)?;
+        let copies = pages.frames.iter().copied();
+        let copies = copies.zip(scratch.sources.iter().copied());
+        self.pages.record(pages.epoch, copies);
+        Ok(stats)
+    }
+
+    /// Writes the bytes of pages as one chunk; `scratch` has then where each page is.
+    pub(crate) fn store(
+        &self,
+        data: &[u8],
+        scratch: &mut ChunkScratch,
+    ) -> Result<ChunkStats, StoreError> {
         let ChunkScratch {
             compressor,
             packed,
             sources,
         } = scratch;
-        let raw = pack(pages.data, packed, sources);
+        let raw = pack(data, packed, sources);
         let mut stats = ChunkStats {
-            zero_pages: wide(count - raw.len() / PAGE_BYTES),
+            zero_pages: wide((data.len() - raw.len()) / PAGE_BYTES),
             raw_bytes: wide(raw.len()),
             ..ChunkStats::default()
         };
@@ -196,8 +217,6 @@ impl ImageWriter {
             stats.stored_bytes = wide(stored.len());
             stats.compressed = codec != ChunkCodec::None;
         }
-        let copies = pages.frames.iter().copied().zip(sources.iter().copied());
-        self.pages.record(pages.epoch, copies);
         Ok(stats)
     }
 
@@ -249,6 +268,12 @@ impl ImageWriter {
     /// Returns the bytes of the image so far.
     pub fn bytes_written(&self) -> u64 {
         self.tail.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of chunks so far.
+    fn chunk_count(&self) -> usize {
+        let chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        chunks.len()
     }
 
     /// Returns the image's UUID.
@@ -384,7 +409,8 @@ impl ImageWriter {
 
     /// Writes everything after the chunks; returns the header that names it.
     fn write_tail(&self, facts: ManifestFacts) -> Result<Header, StoreError> {
-        let runs = self.pages.runs()?;
+        let own_chunks = self.chunk_count();
+        let (runs, layers) = self.runs_and_layers(own_chunks)?;
         if runs.len() > RUN_COUNT_MAX {
             return Err(StoreError::Unwritable {
                 reason: format!("{} runs of pages", runs.len()),
@@ -420,7 +446,12 @@ impl ImageWriter {
             sections,
             disks: self.options.disks.clone(),
             read_only_disks: self.options.read_only_disks.clone(),
-            parent: None,
+            parent: self
+                .parent
+                .as_deref()
+                .filter(|_| !self.is_whole)
+                .map(increment::parent_ref),
+            layers,
             statistics: facts.statistics,
         };
         let json = serde_json::to_vec(&manifest).map_err(|error| StoreError::Unwritable {
@@ -432,8 +463,14 @@ impl ImageWriter {
             });
         }
         let extent = self.write_extent(&json)?;
+        let oldest_reader = if manifest.parent.is_none() {
+            FormatVersion::FIRST
+        } else {
+            FormatVersion::FIRST_WITH_LAYERS
+        };
         Ok(Header {
             format: FormatVersion::CURRENT,
+            oldest_reader,
             image_uuid: self.image_uuid,
             guest_uuid,
             file_bytes: extent.offset + extent.bytes,

@@ -8,6 +8,7 @@ pub mod kvm;
 pub mod kvm_run;
 pub mod lock;
 pub mod mapping;
+pub mod missing;
 pub mod pagemap;
 pub mod passed_fds;
 pub mod priority;

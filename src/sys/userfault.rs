@@ -19,17 +19,17 @@ use linux_raw_sys::general::{
 use super::mapping::GuestMapping;
 
 const UFFDIO_API: u64 = 0xC018_AA3F;
-const UFFDIO_REGISTER: u64 = 0xC020_AA00;
-const UFFDIO_UNREGISTER: u64 = 0x8010_AA01;
-const UFFDIO_WAKE: u64 = 0x8010_AA02;
+pub(super) const UFFDIO_REGISTER: u64 = 0xC020_AA00;
+pub(super) const UFFDIO_UNREGISTER: u64 = 0x8010_AA01;
+pub(super) const UFFDIO_WAKE: u64 = 0x8010_AA02;
 const UFFDIO_WRITEPROTECT: u64 = 0xC018_AA06;
 /// Makes a userfaultfd from `/dev/userfaultfd` (Linux 6.1).
 const USERFAULTFD_IOC_NEW: u64 = 0xAA00;
 
-const WRITE: u64 = 1;
-const READ: u64 = 2;
+pub(super) const WRITE: u64 = 1;
+pub(super) const READ: u64 = 2;
 
-const fn number(direction: u64, nr: u64, bytes: usize) -> u64 {
+pub(super) const fn number(direction: u64, nr: u64, bytes: usize) -> u64 {
     (direction << 30) | ((bytes as u64) << 16) | (0xAA << 8) | nr
 }
 
@@ -64,7 +64,7 @@ impl AsFd for Userfault {
     }
 }
 
-fn check(result: libc::c_int) -> io::Result<()> {
+pub(super) fn check(result: libc::c_int) -> io::Result<()> {
     if result == 0 {
         Ok(())
     } else {
@@ -166,16 +166,21 @@ impl Userfault {
     /// Appends the addresses that threads wait at to write; returns false where nobody waits. Does
     /// not block; each address is told to one caller only.
     pub fn read_faults(&self, addresses: &mut Vec<usize>) -> io::Result<bool> {
-        let mut bytes = [0_u8; BATCH * size_of::<uffd_msg>()];
-        let read = match rustix::io::read(&self.fd, &mut bytes) {
-            Ok(read) => read,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        };
-        let messages = bytes[..read].chunks_exact(size_of::<uffd_msg>());
-        addresses.extend(messages.filter_map(fault_address));
-        Ok(read > 0)
+        read_faults(self.fd.as_fd(), addresses)
     }
+}
+
+/// Appends the addresses that threads wait at; false where nobody waits.
+pub(super) fn read_faults(fd: BorrowedFd<'_>, addresses: &mut Vec<usize>) -> io::Result<bool> {
+    let mut bytes = [0_u8; BATCH * size_of::<uffd_msg>()];
+    let read = match rustix::io::read(fd, &mut bytes) {
+        Ok(read) => read,
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    let messages = bytes[..read].chunks_exact(size_of::<uffd_msg>());
+    addresses.extend(messages.filter_map(fault_address));
+    Ok(read > 0)
 }
 
 /// Returns the address in a message of a page fault: its event is the first byte, the address the
@@ -186,7 +191,7 @@ fn fault_address(message: &[u8]) -> Option<usize> {
     is_fault.then(|| usize::try_from(u64::from_ne_bytes(*word)).expect("addresses fit usize"))
 }
 
-fn range(mapping: &GuestMapping, offset: usize, len: usize) -> uffdio_range {
+pub(super) fn range(mapping: &GuestMapping, offset: usize, len: usize) -> uffdio_range {
     let end = offset.checked_add(len);
     assert!(
         end.is_some_and(|end| end <= mapping.len()),
@@ -198,7 +203,7 @@ fn range(mapping: &GuestMapping, offset: usize, len: usize) -> uffdio_range {
     }
 }
 
-fn open() -> io::Result<OwnedFd> {
+pub(super) fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     // SAFETY: the call takes no pointer.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
@@ -226,7 +231,7 @@ fn open() -> io::Result<OwnedFd> {
 }
 
 /// Asks for `features`; returns those that the kernel has.
-fn api(fd: &OwnedFd, features: u64) -> io::Result<u64> {
+pub(super) fn api(fd: &OwnedFd, features: u64) -> io::Result<u64> {
     let mut arg = uffdio_api {
         api: u64::from(UFFD_API),
         features,

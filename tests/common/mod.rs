@@ -7,6 +7,7 @@
 
 pub mod c;
 pub mod livepointd;
+pub mod memory;
 pub mod pagewriter;
 pub mod records;
 pub mod rpc_client;

@@ -31,7 +31,7 @@ impl PieceReader {
     /// touches first between the two is reported dirty.
     pub(crate) fn capture(&mut self, layout: &Layout, piece: &Piece, buffer: &mut Buffer) {
         self.find_untouched(layout, piece);
-        copy_piece(layout, piece, &self.untouched, buffer);
+        copy_piece(layout, piece, &self.untouched, None, buffer);
     }
 
     /// Sets the bits of the piece's untouched pages; returns how many there are.
@@ -55,7 +55,14 @@ impl PieceReader {
 }
 
 /// Copies a piece into `buffer`, but for the pages that are `untouched`, which are noted as zeros.
-pub(crate) fn copy_piece(layout: &Layout, piece: &Piece, untouched: &[u64], buffer: &mut Buffer) {
+/// Where there is `wanted`, other pages are passed over.
+pub(crate) fn copy_piece(
+    layout: &Layout,
+    piece: &Piece,
+    untouched: &[u64],
+    wanted: Option<&[u64]>,
+    buffer: &mut Buffer,
+) {
     let place = &layout.regions()[piece.region];
     let run_at = |first: usize, count: usize| PageRun {
         start: Gfn(place.run.start.0 + (piece.first_page + first) as u64),
@@ -66,6 +73,22 @@ pub(crate) fn copy_piece(layout: &Layout, piece: &Piece, untouched: &[u64], buff
         let from = (piece.first_page + first) * PAGE_BYTES;
         place.mapping.copy_out(from, room);
     };
+    if let Some(wanted) = wanted {
+        let of = |pick: fn(u64, u64) -> u64| {
+            let words = wanted.iter().zip(untouched);
+            let words: Vec<u64> = words
+                .map(|(&wanted, &untouched)| pick(wanted, untouched))
+                .collect();
+            words
+        };
+        for (first, count) in bit_runs(&of(|wanted, untouched| wanted & !untouched)) {
+            copy(first, count, buffer);
+        }
+        for (first, count) in bit_runs(&of(|wanted, untouched| wanted & untouched)) {
+            buffer.push_untouched(run_at(first, count));
+        }
+        return;
+    }
     let mut next = 0;
     for (first, count) in bit_runs(untouched) {
         if next < first {

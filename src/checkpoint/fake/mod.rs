@@ -215,6 +215,9 @@ impl FakeGuest {
     pub(crate) fn store(&self, page: u64, offset: usize, bytes: &[u8]) {
         let (number, page) = self.locate(page);
         let logged = &self.log.regions[number];
+        // As KVM does: it waits for the page, where somebody protects it, before it marks it.
+        let mapping = &self.regions[number].mapping;
+        anon::populate(mapping, pages(page) * PAGE_BYTES, PAGE_BYTES).unwrap();
         let _shared = logged.pieces[pages(page / PIECE_PAGES)].read().unwrap();
         if self.log.logging.load(Ordering::SeqCst) {
             logged.dirty[pages(page / 64)].fetch_or(1 << (page % 64), Ordering::SeqCst);

@@ -40,6 +40,8 @@ pub(super) struct Harvester {
     pub(super) queue: WriteQueue,
     pub(super) staging: Staging,
     pub(super) policy: Policy,
+    /// Whether the log runs on after the pause, for the next image of a chain.
+    pub(super) goes_on: bool,
     /// Rounds are added as they end.
     pub(super) statistics: Statistics,
     dirty: DirtySet,
@@ -56,6 +58,7 @@ impl Harvester {
         queue: WriteQueue,
         staging: Staging,
         policy: Policy,
+        goes_on: bool,
     ) -> Self {
         Self {
             dirty: DirtySet::new(&layout),
@@ -65,6 +68,7 @@ impl Harvester {
             queue,
             staging,
             policy,
+            goes_on,
             statistics: Statistics::default(),
             epoch: 0,
             cost: PageCost::of_copying(),
@@ -100,6 +104,10 @@ impl Harvester {
     /// Harvests without a pause between, as long as the last set shrinks and is too large.
     fn close(&mut self) -> Result<(), Halt> {
         let mut closing = Closing::of_threaded();
+        if self.tracker.is_since_parent() {
+            // What was written since the last image: there was no scan.
+            self.round(WhenFull::Spill)?;
+        }
         loop {
             let dirty = self.tracker.peek(&mut self.dirty)?;
             // Most pages of the last set are staged already, and replace their older copies.
@@ -238,8 +246,9 @@ impl Harvester {
     /// Captures the last set. Called in the pause, after the state was saved: saving it, and
     /// completing the vCPUs' exits, may write guest memory.
     ///
-    /// Nothing is re-armed: no store can race these copies. Pages that find no slot go to the
-    /// writers at once, so that the pause may wait for the disk; that is counted.
+    /// No store can race these copies: pages are re-armed only where a chain goes on from here.
+    /// Those that find no slot go to the writers at once, so that the pause may wait for the disk;
+    /// that is counted.
     pub(super) fn capture_last(
         &mut self,
         lease: &Arc<PauseLease>,
@@ -248,6 +257,9 @@ impl Harvester {
         let began = Instant::now();
         self.next_epoch();
         self.tracker.collect(&mut self.dirty)?;
+        if self.goes_on {
+            self.tracker.rearm_all(&self.dirty)?;
+        }
         lease.beat();
         let (copies, homeless) = self.place_last();
         let pages = (copies.len() + homeless.len()) as u64;

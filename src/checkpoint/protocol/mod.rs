@@ -38,10 +38,17 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         Protocol::Precopy => precopy::capture(session),
         Protocol::Threaded => threaded::capture(session),
         Protocol::Auto => unreachable!("the plan has chosen"),
-        Protocol::Cow => match cow::prepare(session) {
-            Ok(protection) => cow::capture(session, protection),
-            Err(reason) => fall_back(session, &reason),
-        },
+        Protocol::Cow => capture_cow(session),
+    }
+}
+
+fn capture_cow(session: &mut Session) -> Result<Captured, Halt> {
+    if let Some(captured) = cow::small_increment(session)? {
+        return Ok(captured);
+    }
+    match cow::prepare(session) {
+        Ok(protection) => cow::capture(session, protection),
+        Err(reason) => fall_back(session, &reason),
     }
 }
 
@@ -50,8 +57,14 @@ pub(crate) fn capture(session: &mut Session) -> Result<Captured, Halt> {
 /// Ending it takes KVM 2 to 3 ms a GiB, in which vCPUs that fault wait. Right after the resume the
 /// guest would see one outage of both; so it sees more, each no longer than it must be: our own
 /// machines have slots of 256 MiB, whose logs end one after the other.
-fn end_log_after_resume(logging: Logging) -> Result<(), CheckpointError> {
+///
+/// Where a chain goes on from here the log does as well.
+fn end_log_after_resume(session: &mut Session, logging: Logging) -> Result<(), CheckpointError> {
     const APART: Duration = Duration::from_millis(5);
+    if session.chain_goes_on() {
+        session.keep_log(logging);
+        return Ok(());
+    }
     thread::sleep(APART);
     logging.stop()
 }

@@ -22,7 +22,7 @@ use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{Round, Statistics, micros, per_second};
-use crate::checkpoint::tracker::{DirtySet, Logging, Tracker};
+use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
 use crate::checkpoint::writer::{Buffer, Buffers, WriteQueue, start_writers};
 use crate::page::PAGE_BYTES;
@@ -42,7 +42,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         session.policy.write_threads,
     )?;
     drop(image);
-    let logging = Logging::start(session.guest.clone())?;
+    let logging = session.start_log()?;
     session.job.enter(Phase::Live)?;
     let mut rounds = live(session, queue)?;
     session.statistics.closing = rounds.statistics.closing;
@@ -55,7 +55,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     let pause = session.in_pause(|_| rounds.last(&lease))?;
     let resumed = Instant::now();
     session.job.enter(Phase::Draining)?;
-    end_log_after_resume(logging)?;
+    end_log_after_resume(session, logging)?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     report(session, &rounds);
     drop(rounds);
@@ -71,21 +71,10 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
 
 /// Copies all memory and then the rounds; returns what the pause needs.
 fn live(session: &mut Session, queue: WriteQueue) -> Result<Rounds, Halt> {
-    let tracker = Arc::new(Tracker::new(session.guest.clone(), session.layout.clone()));
+    let tracker = session.tracker.clone();
     // Nobody helps in the pause: the queue is filled by one thread.
     let (_, scanning) = start_scan(session, &tracker, &queue)?;
-    let mut rounds = Rounds {
-        dirty: DirtySet::new(&session.layout),
-        layout: session.layout.clone(),
-        tracker,
-        control: session.control.clone(),
-        queue,
-        budget: session.policy.downtime_budget,
-        statistics: Statistics::default(),
-        epoch: 0,
-        cost: PageCost::of_writing(),
-        last_round: Instant::now(),
-    };
+    let mut rounds = Rounds::new(session, queue);
     let (done, finished) = bounded(1);
     session.capture.spawn("lvp-rounds", move || {
         rounds.live(&scanning)?;
@@ -95,9 +84,11 @@ fn live(session: &mut Session, queue: WriteQueue) -> Result<Rounds, Halt> {
 }
 
 /// The rounds after the first one, which is the scan.
-struct Rounds {
+pub(super) struct Rounds {
     layout: Arc<Layout>,
     tracker: Arc<Tracker>,
+    /// Whether the log runs on after the pause.
+    goes_on: bool,
     control: Arc<Control>,
     queue: WriteQueue,
     budget: Duration,
@@ -111,12 +102,32 @@ struct Rounds {
 }
 
 impl Rounds {
+    pub(super) fn new(session: &Session, queue: WriteQueue) -> Self {
+        Self {
+            dirty: DirtySet::new(&session.layout),
+            layout: session.layout.clone(),
+            tracker: session.tracker.clone(),
+            goes_on: session.chain_goes_on(),
+            control: session.control.clone(),
+            queue,
+            budget: session.policy.downtime_budget,
+            statistics: Statistics::default(),
+            epoch: 0,
+            cost: PageCost::of_writing(),
+            last_round: Instant::now(),
+        }
+    }
+
     fn live(&mut self, scanning: &Receiver<Infallible>) -> Result<(), Halt> {
         select! {
             recv(scanning) -> _ => {}
             recv(self.control.stop_signal()) -> _ => return Err(Halt::Stopped),
         }
         let mut closing = Closing::of_precopy();
+        if self.tracker.is_since_parent() {
+            // What was written since the last image: there was no scan.
+            self.round(true, || ())?;
+        }
         loop {
             let dirty = self.tracker.peek(&mut self.dirty)?;
             if let Some(reason) = closing.next(dirty, self.cost.of(dirty), self.budget) {
@@ -127,10 +138,11 @@ impl Rounds {
         }
     }
 
-    /// The last round, in the pause: no store can race it, so nothing is re-armed.
-    fn last(&mut self, lease: &PauseLease) -> Result<(), Halt> {
+    /// The last round, in the pause: no store can race it, so nothing is re-armed but for the next
+    /// image of a chain.
+    pub(super) fn last(&mut self, lease: &PauseLease) -> Result<(), Halt> {
         lease.beat_before("the last dirty pages are written to the image");
-        self.round(false, || lease.beat())
+        self.round(self.goes_on, || lease.beat())
     }
 
     /// Sends what was dirtied since the last round on its way to the image.
@@ -179,7 +191,7 @@ impl Rounds {
 }
 
 /// Takes over what the rounds counted.
-fn report(session: &mut Session, rounds: &Rounds) {
+pub(super) fn report(session: &mut Session, rounds: &Rounds) {
     let counted = &rounds.statistics;
     let statistics = &mut session.statistics;
     statistics.rounds.clone_from(&counted.rounds);

@@ -29,8 +29,20 @@ pub(super) fn start_scan(
         layout: session.layout.clone(),
         tracker: tracker.clone(),
         control: session.control.clone(),
-        next: AtomicUsize::new(0),
+        // Where the log has run since an earlier image there is nothing to scan.
+        next: AtomicUsize::new(if tracker.is_since_parent() {
+            session.layout.windows().len()
+        } else {
+            0
+        }),
     });
+    if tracker.is_since_parent() {
+        let pages = session.layout.page_count() as u64;
+        session
+            .control
+            .pages_scanned
+            .store(pages, Ordering::Relaxed);
+    }
     let threads = session.policy.scan_threads();
     let (unfinished, scanning) = bounded(0);
     let (helpers, last_set) = bounded(threads);

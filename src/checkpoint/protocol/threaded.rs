@@ -20,7 +20,6 @@ use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
-use crate::checkpoint::tracker::{Logging, Tracker};
 use crate::checkpoint::writer::{Buffers, WriteQueue, start_writers};
 use crate::page::PAGE_BYTES;
 
@@ -40,7 +39,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
         session.policy.write_threads,
     )?;
     drop(image);
-    let logging = Logging::start(session.guest.clone())?;
+    let logging = session.start_log()?;
     session.job.enter(Phase::Live)?;
     let (helpers, mut harvester) = live(session, queue, staging)?;
     if let (Some(limit), false) = (session.options.max_downtime, harvester.is_small()) {
@@ -52,7 +51,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.job.enter(Phase::Draining)?;
     // The scanning threads end; the guest pays for its log no longer than it must.
     drop(helpers);
-    end_log_after_resume(logging)?;
+    end_log_after_resume(session, logging)?;
     session.statistics.log_stop_us = micros(resumed.elapsed());
     harvester.drain()?;
     report(session, &harvester);
@@ -85,7 +84,7 @@ fn live(
     queue: WriteQueue,
     staging: Staging,
 ) -> Result<(Sender<Arc<LastSet>>, Harvester), Halt> {
-    let tracker = Arc::new(Tracker::new(session.guest.clone(), session.layout.clone()));
+    let tracker = session.tracker.clone();
     let (helpers, scanning) = start_scan(session, &tracker, &queue)?;
     let mut harvester = Harvester::new(
         session.layout.clone(),
@@ -94,6 +93,7 @@ fn live(
         queue,
         staging,
         session.policy.clone(),
+        session.chain_goes_on(),
     );
     let (done, harvested) = bounded(1);
     session.capture.spawn_polite("lvp-harvest", move || {

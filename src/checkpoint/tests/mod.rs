@@ -4,6 +4,7 @@ mod captured_moment;
 mod contract;
 mod cost;
 mod endings;
+mod increments;
 mod resources;
 mod tracking;
 

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::tracker::WORDS_PER_PIECE;
-use crate::page::{AtomicPageBitmap, bitmap_words};
+use crate::page::{AtomicPageBitmap, bitmap_words, runs_of_set_bits};
 
 /// The longest window of a harvest: 8 MiB, as for the scan.
 const WINDOW_WORDS_MAX: usize = 32;
@@ -96,6 +96,32 @@ impl DirtySet {
                 region.host[last] &= inside;
             }
         }
+    }
+
+    /// Sets the bits of the dirty pages in bitmaps of the regions.
+    pub(super) fn note_in(&self, taken: &[AtomicPageBitmap]) {
+        for (region, taken) in self.regions.iter().zip(taken) {
+            for (number, word) in region.words().enumerate().filter(|(_, word)| *word != 0) {
+                for (first, count) in runs_of_set_bits(&[word]) {
+                    taken.set_run(number as u64 * 64 + first, count);
+                }
+            }
+        }
+    }
+
+    /// Returns one bit a page by piece, each of [`WORDS_PER_PIECE`] words.
+    pub(crate) fn by_piece(&self) -> Vec<u64> {
+        let pieces = self.regions.last().map_or(0, |last| {
+            last.first_piece + last.logged.len().div_ceil(WORDS_PER_PIECE)
+        });
+        let mut bits = vec![0; pieces * WORDS_PER_PIECE];
+        for region in &self.regions {
+            let first = region.first_piece * WORDS_PER_PIECE;
+            for (out, word) in bits[first..].iter_mut().zip(region.words()) {
+                *out = word;
+            }
+        }
+        bits
     }
 
     /// Returns the number of dirty pages.

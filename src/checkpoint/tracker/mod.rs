@@ -9,17 +9,19 @@ mod protection;
 use std::sync::Arc;
 
 use crate::checkpoint::error::{CheckpointError, Halt};
-use crate::checkpoint::layout::{Layout, PIECE, WINDOW_PIECES, Window};
+use crate::checkpoint::layout::{Layout, PIECE, Piece, WINDOW_PIECES, Window};
 use crate::guest::Guest;
-use crate::page::{AtomicPageBitmap, Gfn, PageRun, runs_of_set_bits};
+use crate::page::{AtomicPageBitmap, Gfn, PageRun, bitmap_words, runs_of_set_bits};
 use crate::sync::atomic::{Ordering, fence};
 
 pub(crate) use dirty_set::{DirtySet, DirtyWindow};
 pub(crate) use protection::{Unprotectable, WriteProtection};
 
-/// Dirty logging of a guest, from its start until this is dropped at the latest.
+/// Dirty logging of a guest, from its start until this is dropped at the latest, unless a chain
+/// of increments has it.
 pub(crate) struct Logging {
     guest: Arc<dyn Guest>,
+    /// Whether the end of this ends the log.
     on: bool,
 }
 
@@ -36,6 +38,16 @@ impl Logging {
         let started = logging.guest.dirty_log().start();
         started.map_err(CheckpointError::dirty_log("start"))?;
         Ok(logging)
+    }
+
+    /// Takes part in a log that runs already, for a chain, and goes on.
+    pub(crate) fn of_chain(guest: Arc<dyn Guest>) -> Self {
+        Self { guest, on: false }
+    }
+
+    /// Leaves the log running, for a chain.
+    pub(crate) fn leave_on(mut self) {
+        self.on = false;
     }
 
     /// Ends dirty logging.
@@ -62,6 +74,9 @@ pub(crate) struct Tracker {
     layout: Arc<Layout>,
     /// One bit a piece: the scan has re-armed it, and harvests care for it from then on.
     scanned: AtomicPageBitmap,
+    /// One bit a page of each region, where the log goes on after a checkpoint that fails: what
+    /// was taken from it and must be given back then.
+    taken: Option<Vec<AtomicPageBitmap>>,
 }
 
 impl Tracker {
@@ -69,7 +84,69 @@ impl Tracker {
         Self {
             guest,
             scanned: AtomicPageBitmap::new(layout.piece_count() as u64),
+            taken: None,
             layout,
+        }
+    }
+
+    /// Continues a log that has run since an earlier image: whatever it has, in any piece, was
+    /// written since then.
+    pub(crate) fn since_parent(guest: Arc<dyn Guest>, layout: &Arc<Layout>) -> Self {
+        let regions = layout.regions().iter();
+        let taken = regions.map(|place| AtomicPageBitmap::new(place.page_count as u64));
+        let mut tracker = Self::new(guest, layout.clone());
+        tracker.taken = Some(taken.collect());
+        tracker.scanned.set_run(0, layout.piece_count() as u64);
+        tracker
+    }
+
+    /// Returns whether there is nothing to scan, since the log has run since an earlier image.
+    pub(crate) fn is_since_parent(&self) -> bool {
+        self.taken.is_some()
+    }
+
+    /// Gives back what was taken for a checkpoint that came to nothing. Called when no thread of
+    /// it takes any more.
+    pub(crate) fn give_back(&self) {
+        let regions = self.layout.regions().iter();
+        for (place, taken) in regions.zip(self.taken.iter().flatten()) {
+            let mut bits = vec![0; bitmap_words(place.page_count as u64)];
+            taken.take_into(&mut bits);
+            self.mark(place.run.start, &bits);
+        }
+    }
+
+    /// Re-arms all memory and forgets what the VMM wrote up to now: a chain starts at this moment.
+    /// Called while nobody writes.
+    pub(crate) fn arm_all(&self) -> Result<(), Halt> {
+        self.guest.host_writes().clear();
+        let mut windows = self.layout.windows().iter();
+        windows.try_for_each(|window| self.arm_for_scan(window))
+    }
+
+    /// Re-arms pages of a piece, one bit each.
+    pub(crate) fn arm_piece(&self, piece: &Piece, bits: &[u64]) -> Result<(), Halt> {
+        let words = piece.page_count.div_ceil(64);
+        let (region, first) = (piece.region, piece.first_page);
+        self.rearm(region, first, piece.page_count, &bits[..words])
+    }
+
+    /// Has the next harvest, or increment, take pages of a piece as written, one bit each.
+    pub(crate) fn mark_piece(&self, piece: &Piece, bits: &[u64]) {
+        let start = self.layout.regions()[piece.region].run.start;
+        let inside = piece.page_count.div_ceil(64);
+        self.mark(Gfn(start.0 + piece.first_page as u64), &bits[..inside]);
+    }
+
+    fn mark(&self, start: Gfn, bits: &[u64]) {
+        for (first, count) in runs_of_set_bits(bits) {
+            let run = PageRun {
+                start: Gfn(start.0 + first),
+                page_count: count,
+            };
+            self.guest
+                .host_writes()
+                .mark_dirty(run.start.gpa(), run.bytes());
         }
     }
 
@@ -115,6 +192,9 @@ impl Tracker {
         into.look_at_mask(&self.scanned);
         self.fetch(into)?;
         into.apply_mask();
+        if let Some(taken) = &self.taken {
+            into.note_in(taken);
+        }
         Ok(())
     }
 
@@ -139,6 +219,12 @@ impl Tracker {
         Ok(())
     }
 
+    /// Re-arms all logged pages, in a pause.
+    pub(crate) fn rearm_all(&self, set: &DirtySet) -> Result<(), Halt> {
+        let mut windows = set.windows();
+        windows.try_for_each(|window| self.rearm_window(set, &window))
+    }
+
     /// Re-arms the logged pages of a window. The copy of its pages comes after.
     pub(crate) fn rearm_window(&self, set: &DirtySet, window: &DirtyWindow) -> Result<(), Halt> {
         let logged = set.logged(window);
@@ -160,15 +246,7 @@ impl Tracker {
     /// writes are complete all the same.
     pub(crate) fn put_back(&self, set: &DirtySet, window: &DirtyWindow) -> u64 {
         let start = self.layout.regions()[window.region].run.start.0 + window.first_page() as u64;
-        for (first, count) in runs_of_set_bits(set.host(window)) {
-            let run = PageRun {
-                start: Gfn(start + first),
-                page_count: count,
-            };
-            self.guest
-                .host_writes()
-                .mark_dirty(run.start.gpa(), run.bytes());
-        }
+        self.mark(Gfn(start), set.host(window));
         set.pages(*window).count() as u64
     }
 

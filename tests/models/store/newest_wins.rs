@@ -54,5 +54,5 @@ pub(crate) fn the_newest_epoch_wins() {
             page_count: 1,
             source,
         });
-    assert_eq!(table.runs().unwrap(), expected);
+    assert_eq!(table.runs(None).unwrap(), expected);
 }

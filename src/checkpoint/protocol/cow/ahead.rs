@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::capture::{CopyOnWrite, pieces_in};
+use super::capture::{CopyOnWrite, Moment, pieces_in};
 use super::{page_map_failed, protection_failed};
 use crate::checkpoint::capture::UntouchedPages;
 use crate::checkpoint::error::Halt;
@@ -145,14 +145,16 @@ impl Ahead {
     }
 
     /// Protects what is not protected yet, while nobody runs, and fixes the moment.
-    pub(super) fn finish_in_pause(&mut self) -> Result<(), Halt> {
+    ///
+    /// `wanted` has the pages to capture, by piece, where it is not all of them.
+    pub(super) fn finish_in_pause(&mut self, wanted: Option<Vec<u64>>) -> Result<(), Halt> {
         let mut untouched = self.untouched.take().expect("a checkpoint has one moment");
         let given_back = self.cow.given_back();
         let touched_since = untouched
             .look_again(self.cow.layout(), &given_back)
             .map_err(page_map_failed)?;
         // Before the switch: from it on, a handler that comes late captures its piece.
-        self.cow.set_moment(untouched);
+        self.cow.set_moment(Moment { untouched, wanted });
         let written = self.cow.early_writes().end();
         self.statistics.written_ahead_pieces = written.len() as u64;
         if self.statistics.ahead {

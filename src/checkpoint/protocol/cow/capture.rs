@@ -6,12 +6,12 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::ahead::EarlyWrites;
-use super::protection_failed;
+use super::{page_map_failed, protection_failed};
 use crate::checkpoint::capture::{CapturedPieces, Finish, UntouchedPages, copy_piece};
 use crate::checkpoint::control::Control;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::{Layout, Piece};
-use crate::checkpoint::tracker::WriteProtection;
+use crate::checkpoint::tracker::{Tracker, WORDS_PER_PIECE, WriteProtection};
 use crate::checkpoint::writer::{Buffer, Sink, Tally, WriteQueue};
 use crate::guest::DiscardObserver;
 use crate::page::{AtomicPageBitmap, Gfn, PageRun, bitmap_words, runs_of_set_bits};
@@ -32,6 +32,8 @@ pub(super) struct Parts {
     pub(super) image: Arc<ImageWriter>,
     pub(super) tally: Arc<Tally>,
     pub(super) staging_pieces: usize,
+    /// The log that begins with the captured moment, where a chain begins with this image.
+    pub(super) log: Option<Arc<Tracker>>,
 }
 
 /// What all threads of one `cow` checkpoint share. They have no lock in common.
@@ -42,7 +44,9 @@ pub(super) struct CopyOnWrite {
     /// Pieces in which pages were given back before the pause.
     given_back: AtomicPageBitmap,
     /// Set in the pause, before anything is captured.
-    untouched: OnceLock<UntouchedPages>,
+    moment: OnceLock<Moment>,
+    /// Pieces whose touched pages are armed in the log that begins here.
+    armed: AtomicPageBitmap,
     next: AtomicUsize,
     /// Somebody had to wait for a copy.
     guest_writes: AtomicBool,
@@ -55,6 +59,25 @@ pub(super) struct CopyOnWrite {
     wake_up: OwnedFd,
     done: Sender<()>,
     all_captured: Receiver<()>,
+}
+
+/// What is to be captured of the moment.
+pub(super) struct Moment {
+    pub(super) untouched: UntouchedPages,
+    /// The pages written since the chain's last image, by piece; all where there is none.
+    pub(super) wanted: Option<Vec<u64>>,
+}
+
+impl Moment {
+    fn wanted_of(&self, piece: usize) -> Option<&[u64]> {
+        let bits = self.wanted.as_ref()?;
+        bits.get(piece * WORDS_PER_PIECE..(piece + 1) * WORDS_PER_PIECE)
+    }
+
+    fn wants_none(&self, piece: usize) -> bool {
+        self.wanted_of(piece)
+            .is_some_and(|bits| bits.iter().all(|&word| word == 0))
+    }
 }
 
 /// Who wants a piece captured.
@@ -74,11 +97,12 @@ impl CopyOnWrite {
             .map_err(|error| CheckpointError::resource("an eventfd")(error.into()))?;
         Ok(Self {
             captured: CapturedPieces::new(pieces.len()),
+            armed: AtomicPageBitmap::new(pieces.len() as u64),
             early_writes: EarlyWrites::new(pieces.len()),
             wake_up,
             given_back: AtomicPageBitmap::new(pieces.len() as u64),
             pieces,
-            untouched: OnceLock::new(),
+            moment: OnceLock::new(),
             next: AtomicUsize::new(0),
             guest_writes: AtomicBool::new(false),
             hurry: bounded(1),
@@ -120,9 +144,9 @@ impl CopyOnWrite {
         pieces_in(&self.given_back)
     }
 
-    /// Fixes what is untouched at the captured moment; captures may start.
-    pub(super) fn set_moment(&self, untouched: UntouchedPages) {
-        let first = self.untouched.set(untouched).is_ok();
+    /// Fixes what is to be captured of the moment; captures may start.
+    pub(super) fn set_moment(&self, moment: Moment) {
+        let first = self.moment.set(moment).is_ok();
         assert!(first, "a checkpoint has one moment");
     }
 
@@ -152,9 +176,7 @@ impl CopyOnWrite {
         while !self.guest_writes.load(Ordering::Relaxed)
             && let Some(piece) = self.next_piece()?
         {
-            if self.is_all_untouched(piece) {
-                self.capture_untouched(piece)?;
-            } else {
+            if !self.capture_without_copy(piece)? {
                 buffer.clear(EPOCH);
                 self.copy(piece, &mut buffer);
                 if self.finish(piece)? {
@@ -218,15 +240,73 @@ impl CopyOnWrite {
         let waited = !self.captured.has(piece) && self.capture(piece, For::Writer)?;
         // Also where another thread captured it: it may not have come to the un-protecting yet,
         // and it may be long until the host lets it run again.
+        self.count_as_written_if_not_armed(piece);
         self.unprotect(piece)?;
         Ok(waited)
+    }
+
+    /// Has the chain's next image take all of a piece that is about to be let go before it is
+    /// armed: who captured it may yet arm it, and so clear what is written meanwhile.
+    fn count_as_written_if_not_armed(&self, piece: usize) {
+        if let Some(log) = &self.parts.log
+            && !self.armed.get(piece as u64)
+        {
+            log.mark_piece(&self.pieces[piece], &[u64::MAX; WORDS_PER_PIECE]);
+        }
+    }
+
+    /// Arms the touched pages of a captured piece in the log that begins with this image, while
+    /// nobody can write them. Called by the one whose copy counts.
+    fn arm(&self, piece: usize) -> Result<(), Halt> {
+        let (Some(log), Some(moment)) = (&self.parts.log, self.moment.get()) else {
+            return Ok(());
+        };
+        let mut touched = [0; WORDS_PER_PIECE];
+        let untouched = moment.untouched.of_piece(piece);
+        for (touched, untouched) in touched.iter_mut().zip(untouched) {
+            *touched = !untouched;
+        }
+        log.arm_piece(&self.pieces[piece], &touched)?;
+        self.armed.set(piece as u64);
+        Ok(())
+    }
+
+    /// Completes the log that begins with this image, before all memory is let go.
+    ///
+    /// Pieces that are captured and not armed yet count as written, as for a writer. Then it arms
+    /// the pages that were untouched at the moment, and were not protected therefore, and has
+    /// the chain's next image take those that were touched since. Called when all is captured.
+    ///
+    /// Armed first, looked at second: a page that is touched between the two is in the log.
+    pub(super) fn complete_log(&self) -> Result<(), Halt> {
+        let (Some(log), Some(moment)) = (&self.parts.log, self.moment.get()) else {
+            return Ok(());
+        };
+        let numbers = 0..self.pieces.len();
+        numbers
+            .clone()
+            .for_each(|piece| self.count_as_written_if_not_armed(piece));
+        let some: Vec<_> = numbers
+            .filter(|&piece| moment.untouched.count(piece) > 0)
+            .collect();
+        for &piece in &some {
+            log.arm_piece(&self.pieces[piece], moment.untouched.of_piece(piece))?;
+        }
+        let now = UntouchedPages::look(self.layout()).map_err(page_map_failed)?;
+        for &piece in &some {
+            let before = moment.untouched.of_piece(piece).iter();
+            let pairs = before.zip(now.of_piece(piece));
+            let touched: Vec<u64> = pairs.map(|(before, now)| before & !now).collect();
+            log.mark_piece(&self.pieces[piece], &touched);
+        }
+        Ok(())
     }
 
     /// Copies a piece while it is protected, then un-protects it, then queues the copy. Returns
     /// whether the disk had to be waited for.
     fn capture(&self, piece: usize, wanted: For) -> Result<bool, Halt> {
-        if self.is_all_untouched(piece) {
-            return self.capture_untouched(piece).map(|()| false);
+        if self.capture_without_copy(piece)? {
+            return Ok(false);
         }
         let queue = &self.parts.queue;
         let (mut buffer, waited) = match wanted {
@@ -247,18 +327,47 @@ impl CopyOnWrite {
         Ok(waited)
     }
 
-    fn untouched(&self) -> &UntouchedPages {
-        let untouched = self.untouched.get();
-        untouched.expect("nothing is captured before the pause")
-    }
-
-    fn is_all_untouched(&self, piece: usize) -> bool {
-        self.untouched().count(piece) == self.pieces[piece].page_count
+    fn moment(&self) -> &Moment {
+        let moment = self.moment.get();
+        moment.expect("nothing is captured before the pause")
     }
 
     fn copy(&self, piece: usize, buffer: &mut Buffer) {
-        let untouched = self.untouched().of_piece(piece);
-        copy_piece(self.layout(), &self.pieces[piece], untouched, buffer);
+        let moment = self.moment();
+        let untouched = moment.untouched.of_piece(piece);
+        let wanted = moment.wanted_of(piece);
+        copy_piece(
+            self.layout(),
+            &self.pieces[piece],
+            untouched,
+            wanted,
+            buffer,
+        );
+    }
+
+    /// Captures a piece of which nothing is to be copied; returns whether it is such a one.
+    fn capture_without_copy(&self, piece: usize) -> Result<bool, Halt> {
+        let moment = self.moment();
+        let untouched = moment.untouched.count(piece) == self.pieces[piece].page_count;
+        if moment.wants_none(piece) {
+            self.pass_over(piece)?;
+        } else if untouched && moment.wanted.is_none() {
+            self.capture_untouched(piece)?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// A piece that was not written since the chain's last image.
+    fn pass_over(&self, piece: usize) -> Result<(), Halt> {
+        let finish = self.captured.finish(piece);
+        if finish != Finish::TooLate {
+            self.unprotect(piece)?;
+            self.count(&self.pieces[piece]);
+        }
+        self.tell_if_last(finish);
+        Ok(())
     }
 
     /// Zeros that are not even there: an entry in the index, no copy.
@@ -275,6 +384,8 @@ impl CopyOnWrite {
                 .image
                 .record_zero(EPOCH, run)
                 .map_err(CheckpointError::store("write"))?;
+            // Nothing of it is protected, so that there is nothing to arm before it is let go.
+            self.armed.set(piece as u64);
             self.parts.tally.add_untouched(run.page_count);
             self.count(place);
         }
@@ -289,6 +400,7 @@ impl CopyOnWrite {
         if finish == Finish::TooLate {
             return Ok(false);
         }
+        self.arm(piece)?;
         self.unprotect(piece)?;
         self.count(&self.pieces[piece]);
         self.tell_if_last(finish);
@@ -322,7 +434,7 @@ impl DiscardObserver for CopyOnWrite {
     /// no page table, and so cannot be protected. The pause waits for a discard under way, since it
     /// waits for all devices.
     fn before_discard(&self, run: PageRun) {
-        let at_once = self.untouched.get().is_some();
+        let at_once = self.moment.get().is_some();
         for piece in self.parts.layout.pieces_of(run) {
             if !at_once {
                 self.given_back.set(piece as u64);

@@ -20,6 +20,7 @@
 mod ahead;
 mod capture;
 mod faults;
+mod increment;
 mod watch;
 
 pub use ahead::ArmingStatistics;
@@ -33,11 +34,12 @@ use crossbeam_channel::{Receiver, bounded};
 use crate::checkpoint::capture::UntouchedPages;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
+use crate::checkpoint::policy::PageCost;
 use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stalls::StallCounter;
 use crate::checkpoint::stats::micros;
-use crate::checkpoint::tracker::{Unprotectable, WriteProtection};
+use crate::checkpoint::tracker::{DirtySet, Unprotectable, WriteProtection};
 use crate::checkpoint::writer::{Buffers, Returned, start_writers};
 use crate::guest::Guest;
 use crate::page::PIECE_BYTES;
@@ -74,7 +76,8 @@ pub(super) fn capture(
     ahead.arm()?;
     let pause = session.in_pause(|session| {
         session.lease.beat_before("memory is write-protected");
-        ahead.finish_in_pause()
+        begin_chain(session)?;
+        ahead.finish_in_pause(take_written(session)?)
     })?;
     let resumed = Instant::now();
     let downtime = &mut session.statistics.downtime;
@@ -87,6 +90,7 @@ pub(super) fn capture(
     }
     session.control.wait(cow.all_captured())?;
     session.statistics.capture_us = micros(resumed.elapsed());
+    cow.complete_log()?;
     drop(observer);
     drop(release);
     session.capture.join()?;
@@ -101,6 +105,42 @@ pub(super) fn capture(
         sections: pause.sections,
         moment: pause.moment,
     })
+}
+
+/// Starts the log of a chain that begins here. Called in the pause: what was written before it is
+/// in the image, and nothing is armed yet, so that it costs next to nothing.
+fn begin_chain(session: &mut Session) -> Result<(), Halt> {
+    if session.chain_goes_on() && !session.tracker.is_since_parent() {
+        let logging = session.start_log()?;
+        session.keep_log(logging);
+    }
+    Ok(())
+}
+
+/// Takes what was written since the chain's last image, by piece. Called in the pause.
+fn take_written(session: &mut Session) -> Result<Option<Vec<u64>>, Halt> {
+    if !session.tracker.is_since_parent() {
+        return Ok(None);
+    }
+    let mut dirty = DirtySet::new(&session.layout);
+    session.tracker.collect(&mut dirty)?;
+    session.tracker.rearm_all(&dirty)?;
+    session.statistics.dirty_pages = dirty.page_count();
+    Ok(Some(dirty.by_piece()))
+}
+
+/// Captures an increment for which memory need not be protected; `None` where it must be.
+///
+/// With the chain's log on, KVM has to protect page by page: what can be copied in the pause is.
+pub(super) fn small_increment(session: &mut Session) -> Result<Option<Captured>, Halt> {
+    if !session.tracker.is_since_parent() {
+        return Ok(None);
+    }
+    let dirty = session.tracker.peek(&mut DirtySet::new(&session.layout))?;
+    if PageCost::of_copying().of(dirty) > session.policy.downtime_budget {
+        return Ok(None);
+    }
+    increment::capture(session).map(Some)
 }
 
 /// Makes staging and starts the writers.
@@ -137,6 +177,8 @@ fn make(
         image,
         tally: session.tally.clone(),
         staging_pieces: count,
+        log: (session.chain_goes_on() && !session.tracker.is_since_parent())
+            .then(|| session.tracker.clone()),
     })?;
     Ok((Arc::new(cow), returned))
 }

@@ -59,7 +59,7 @@ fn arm_and_end(mut scene: Scene) {
     scene.gate.close();
     let at_moment = scene.memory[0].load(0);
     scene.stores_before = scene.memory[0].stores(0).len();
-    ahead.finish_in_pause().unwrap();
+    ahead.finish_in_pause(None).unwrap();
     scene.gate.open();
     drop(ahead);
     scene.cow.sweep().unwrap();

@@ -120,6 +120,7 @@ impl Scene {
             image: image.clone(),
             tally,
             staging_pieces: buffers,
+            log: None,
         });
         let cow = Arc::new(cow.unwrap());
         Self {
@@ -145,7 +146,7 @@ impl Scene {
     /// Fixes the moment and protects all memory, as in a pause.
     fn pause(&self) {
         let mut ahead = Ahead::new(self.cow.clone(), self.untouched(), Duration::MAX);
-        ahead.finish_in_pause().unwrap();
+        ahead.finish_in_pause(None).unwrap();
     }
 
     /// A handler that serves every writer until none is left.

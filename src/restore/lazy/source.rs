@@ -1,0 +1,194 @@
+//! Putting pieces together from checked chunks.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::pieces::Place;
+use crate::guest::MemoryRegion;
+use crate::page::{PAGE_BYTES, PIECE_BYTES, PIECE_PAGES};
+use crate::store::{ImageReader, ReadScratch, StoreError};
+use crate::sys::anon::{HugeBytes, map_anonymous, populate};
+use crate::sys::mapping::GuestMapping;
+use crate::sys::missing::MissingPages;
+
+/// Most bytes of checked chunks that wait for more pieces that need them.
+const KEPT_BYTES_MAX: usize = 128 << 20;
+
+/// Checked chunks whose pages are of several pieces, so that each is read and checked once.
+#[derive(Debug)]
+pub(super) struct SharedChunks {
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    chunks: HashMap<usize, KeptChunk>,
+    oldest: VecDeque<usize>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct KeptChunk {
+    raw: Arc<[u8]>,
+    /// Pieces that need it still.
+    pieces: usize,
+}
+
+impl SharedChunks {
+    pub(super) fn new() -> Self {
+        Self {
+            kept: Mutex::default(),
+        }
+    }
+
+    pub(super) fn clear(&self) {
+        *self.lock() = Kept::default();
+    }
+
+    /// Takes a kept chunk for one of the pieces that need it.
+    fn take(&self, chunk: usize) -> Option<Arc<[u8]>> {
+        let mut kept = self.lock();
+        let found = kept.chunks.get_mut(&chunk)?;
+        let raw = found.raw.clone();
+        found.pieces -= 1;
+        if found.pieces == 0 {
+            kept.chunks.remove(&chunk);
+            kept.bytes -= raw.len();
+        }
+        Some(raw)
+    }
+
+    /// Keeps a chunk for `pieces` more pieces, in the place of the oldest where there are many.
+    fn keep(&self, chunk: usize, raw: &[u8], pieces: usize) {
+        let mut kept = self.lock();
+        if pieces == 0 || kept.chunks.contains_key(&chunk) {
+            return;
+        }
+        while kept.bytes + raw.len() > KEPT_BYTES_MAX {
+            let Some(oldest) = kept.oldest.pop_front() else {
+                return;
+            };
+            if let Some(gone) = kept.chunks.remove(&oldest) {
+                kept.bytes -= gone.raw.len();
+            }
+        }
+        kept.bytes += raw.len();
+        kept.oldest.push_back(chunk);
+        let raw = raw.into();
+        kept.chunks.insert(chunk, KeptChunk { raw, pieces });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One filling thread's memory.
+pub(super) struct PieceBuilder {
+    target: Target,
+    scratch: ReadScratch,
+}
+
+/// Where a piece is put together.
+enum Target {
+    /// Memory that is moved into the guest, and made anew for the next piece.
+    Moved(GuestMapping),
+    /// Memory that is copied into the guest.
+    Copied(HugeBytes),
+}
+
+impl PieceBuilder {
+    pub(super) fn new(moves: bool) -> Result<Self, StoreError> {
+        let target = if moves {
+            map_anonymous(PIECE_BYTES, true).map(Target::Moved)
+        } else {
+            HugeBytes::new(PIECE_BYTES).map(Target::Copied)
+        };
+        Ok(Self {
+            target: target.map_err(failed("map memory for"))?,
+            scratch: ReadScratch::default(),
+        })
+    }
+
+    /// Puts a piece together and into the guest.
+    pub(super) fn fill(
+        &mut self,
+        reader: &ImageReader,
+        region: &MemoryRegion,
+        place: Place,
+        chunks: &SharedChunks,
+        missing: &MissingPages,
+    ) -> Result<(), StoreError> {
+        self.clear(place.len).map_err(failed("make memory for"))?;
+        let mut done = HashSet::new();
+        let sources: Vec<_> = reader.sources_in(place.run).collect();
+        for (chunk, _) in &sources {
+            if !done.insert(*chunk) {
+                continue;
+            }
+            let kept = chunks.take(*chunk);
+            let target = &mut self.target;
+            let mut put = |raw: &[u8]| {
+                for (_, part) in sources.iter().filter(|(other, _)| other == chunk) {
+                    let page = part.run.start.0 - place.run.start.0;
+                    let offset = usize::try_from(page).expect("a piece has few pages") * PAGE_BYTES;
+                    target.put(offset, part.bytes_in(raw));
+                }
+            };
+            if let Some(raw) = kept {
+                put(&raw);
+                continue;
+            }
+            let raw = reader.read_chunk(*chunk, &mut self.scratch)?;
+            put(raw);
+            chunks.keep(*chunk, raw, pieces_of(reader, *chunk) - 1);
+        }
+        let (mapping, offset) = (&region.mapping, place.offset);
+        let filled = match &self.target {
+            Target::Moved(source) => missing.move_in(mapping, offset, source, place.len),
+            Target::Copied(bytes) => missing.copy_in(mapping, offset, &bytes[..place.len]),
+        };
+        filled.map_err(failed("put memory into the guest of"))
+    }
+
+    /// Makes all of the piece's memory, so that it is moved as a whole; it is zeros.
+    fn clear(&mut self, len: usize) -> io::Result<()> {
+        match &mut self.target {
+            Target::Moved(source) => populate(source, 0, len),
+            Target::Copied(bytes) => {
+                bytes[..len].fill(0);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Target {
+    fn put(&mut self, offset: usize, bytes: &[u8]) {
+        match self {
+            Self::Moved(source) => source.copy_in(offset, bytes),
+            Self::Copied(target) => target[offset..offset + bytes.len()].copy_from_slice(bytes),
+        }
+    }
+}
+
+/// Returns how many pieces need a chunk.
+fn pieces_of(reader: &ImageReader, chunk: usize) -> usize {
+    let runs = reader.runs_of_chunk(chunk);
+    let pieces: HashSet<u64> = runs
+        .flat_map(|part| {
+            let last = part.run.end().0 - 1;
+            part.run.start.0 / PIECE_PAGES..=last / PIECE_PAGES
+        })
+        .collect();
+    pieces.len()
+}
+
+fn failed(action: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+    move |source| StoreError::Io {
+        action,
+        path: std::path::PathBuf::from("a lazy restore"),
+        source,
+    }
+}

@@ -1,0 +1,270 @@
+//! A lazy restore gives the guest what an eager one does, and nothing that a digest does not cover.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail as tests do")]
+
+mod common;
+
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use common::memory::{assert_same_memory, shadow};
+use common::{Random, have_kvm, wait_line};
+use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report};
+use livepoint::guest::{Backing, Guest, MemoryFill as _, MemoryRegion};
+use livepoint::guests;
+use livepoint::machine::Machine;
+use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::page::{Gfn, PAGE_BYTES, PIECE_BYTES};
+use livepoint::restore::eager;
+use livepoint::restore::lazy::{LazyFill, wait_for};
+use livepoint::store::{
+    ChunkPages, ChunkScratch, FileStorage, ImageReader, ImageWriter, RegionLayout, WriteOptions,
+};
+use livepoint::sys::anon::map_anonymous;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Pieces of the image's memory; the last is short.
+const PIECES: usize = 6;
+const PAGES: u64 = 5 * 512 + 100;
+
+fn regions() -> Vec<MemoryRegion> {
+    vec![MemoryRegion {
+        slot: 0,
+        start: Gfn(0),
+        page_count: PAGES,
+        mapping: map_anonymous(usize::try_from(PAGES).unwrap() * PAGE_BYTES, true).unwrap(),
+        backing: Backing::Anonymous { huge: true },
+    }]
+}
+
+fn write_pages(writer: &ImageWriter, pages: &[u64], seed: u64) {
+    let mut scratch = ChunkScratch::default();
+    for part in pages.chunks(512) {
+        let frames: Vec<_> = part.iter().map(|&page| Gfn(page)).collect();
+        let data: Vec<u8> = part
+            .iter()
+            .flat_map(|page| {
+                let mut noise = Random::new(seed + page);
+                (0..PAGE_BYTES / 8).flat_map(move |_| noise.next().to_le_bytes())
+            })
+            .collect();
+        let pages = ChunkPages {
+            epoch: 0,
+            frames: &frames,
+            data: &data,
+        };
+        writer.write_chunk(pages, &mut scratch).unwrap();
+    }
+}
+
+/// Writes an image whose pieces are: full, zeros, half of each, full; and one on top of it with
+/// pages scattered over all of them.
+fn write_chain(dir: &Path) -> Arc<ImageReader> {
+    let layout = [RegionLayout {
+        slot: 0,
+        start: Gfn(0),
+        page_count: PAGES,
+    }];
+    let options = WriteOptions {
+        durable: false,
+        ..WriteOptions::default()
+    };
+    let begin = || ImageWriter::create(Arc::new(FileStorage), dir, &layout, &options).unwrap();
+    let writer = begin();
+    let with_data = |page: &u64| page / 512 != 1 && (page / 512 != 2 || page.is_multiple_of(2));
+    let (data, zeros): (Vec<u64>, Vec<u64>) = (0..PAGES).partition(with_data);
+    write_pages(&writer, &data, 100);
+    for page in zeros {
+        let run = livepoint::page::PageRun {
+            start: Gfn(page),
+            page_count: 1,
+        };
+        writer.record_zero(0, run).unwrap();
+    }
+    let base = writer.commit(common::facts()).unwrap();
+    let mut writer = begin();
+    let base = ImageReader::open(&FileStorage, &base.path).unwrap();
+    writer.inherit(Arc::new(base)).unwrap();
+    let scattered: Vec<_> = (0..PAGES)
+        .filter(|page| page % 37 == 5 && page / 512 != 1)
+        .collect();
+    write_pages(&writer, &scattered, 9_000_000);
+    let tip = writer.commit(common::facts()).unwrap();
+    Arc::new(ImageReader::open(&FileStorage, &tip.path).unwrap())
+}
+
+#[test]
+fn memory_that_comes_as_it_is_touched_is_that_of_an_eager_restore() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = write_chain(dir.path());
+    let eager_memory = regions();
+    eager::fill(&image, &eager_memory, &eager::FillOptions::default()).unwrap();
+    for turn in 0..5 {
+        let memory = regions();
+        let fill = LazyFill::start(image.clone(), &memory).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                let (memory, eager_memory) = (&memory, &eager_memory);
+                scope.spawn(move || {
+                    let mut random = Random::new(turn * 10 + thread);
+                    let (mut got, mut want) = ([0; 64], [0; 64]);
+                    for _ in 0..300 {
+                        let page = usize::try_from(random.below(PAGES)).unwrap();
+                        memory[0].mapping.copy_out(page * PAGE_BYTES + 64, &mut got);
+                        eager_memory[0]
+                            .mapping
+                            .copy_out(page * PAGE_BYTES + 64, &mut want);
+                        assert_eq!(got, want, "page {page}");
+                    }
+                });
+            }
+        });
+        wait_for(&fill);
+        assert!(fill.is_complete());
+        let progress = fill.progress();
+        assert_eq!(progress.pieces, PIECES as u64 - 1, "one piece has no data");
+        assert_eq!(progress.filled_pieces, progress.pieces);
+        assert_same_memory(&memory, &eager_memory);
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_named_and_no_byte_of_its_piece_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = write_chain(dir.path());
+    let base = image.layer_paths().next().unwrap().to_owned();
+    // In the second chunk of the base: pieces 2 and 3 are of it.
+    let file = std::fs::File::options()
+        .write(true)
+        .read(true)
+        .open(&base)
+        .unwrap();
+    let offset = 4096 + PIECE_BYTES as u64 + 8 * 4096 + 17;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    let memory = regions();
+    let fill = LazyFill::start(image, &memory).unwrap();
+    let (told, failure) = mpsc::channel();
+    fill.on_failure(Box::new(move |error| told.send(error.to_string()).unwrap()));
+    let (read, answer) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mapping = &memory[0].mapping;
+        scope.spawn(move || {
+            let mut bytes = [1; 16];
+            mapping.copy_out(2 * PIECE_BYTES, &mut bytes);
+            read.send(bytes).unwrap();
+        });
+        let error = failure.recv_timeout(PATIENCE).unwrap();
+        assert!(error.contains("chunk 1"), "{error}");
+        assert!(
+            error.contains(base.file_name().unwrap().to_str().unwrap()),
+            "{error}"
+        );
+        let early = answer.recv_timeout(Duration::from_millis(200));
+        assert!(early.is_err(), "{early:?}");
+        assert!(!fill.wait(Duration::ZERO));
+        // Once the guest is stopped its memory is given up, and whoever waits goes on.
+        fill.give_up();
+        assert_eq!(answer.recv_timeout(PATIENCE).unwrap(), [0; 16]);
+    });
+}
+
+const GUEST_BYTES: u64 = 64 << 20;
+
+fn spec(console: &Path) -> MachineSpec {
+    let kernel = Source::Bytes {
+        name: "pagewriter".to_owned(),
+        bytes: guests::find("pagewriter").unwrap().elf.into(),
+    };
+    let cmdline = "ws_percent=10 vcpus=1 pages=2m pattern=random write=page fill=incompressible \
+                   tick_ms=0";
+    let mut spec = MachineSpec::new(
+        GUEST_BYTES,
+        Some(BootSpec {
+            kernel,
+            initrd: None,
+            cmdline: cmdline.to_owned(),
+        }),
+    );
+    let backend = SerialBackend::File {
+        path: console.to_owned(),
+        append: true,
+    };
+    spec.serials.push(SerialSpec { port: 0, backend });
+    spec
+}
+
+/// Takes a checkpoint into `dir` and compares what it restores to with memory at the pause.
+fn check(machine: &Arc<Machine>, chain: Option<&Chain>, protocol: Protocol, dir: &Path) -> Report {
+    let copy = Arc::new(shadow(machine.regions()));
+    let mut options = CheckpointOptions::default();
+    options.protocol = protocol;
+    options.durable = false;
+    options.chain = chain.cloned();
+    options.pause_limit = Duration::from_secs(30);
+    let into = copy.clone();
+    options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
+        for (from, to) in guest.regions().iter().zip(into.iter()) {
+            from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
+        }
+    }));
+    let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), dir, options).unwrap();
+    let report = job
+        .wait()
+        .unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
+    let reader = ImageReader::open(&FileStorage, &report.image.path).unwrap();
+    let restored = shadow(machine.regions());
+    eager::fill(&reader, &restored, &eager::FillOptions::default()).unwrap();
+    assert_same_memory(&restored, &copy);
+    report
+}
+
+#[test]
+fn checkpoints_while_memory_still_comes_are_exactly_the_memory_of_their_pause() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let console = dir.path().join("console");
+    let machine = Arc::new(Machine::build(spec(&console)).unwrap());
+    machine.start(false).unwrap();
+    wait_line(&console, Duration::from_secs(120), |line| {
+        line.starts_with("pagewriter: ready")
+    });
+    let images = dir.path().join("images");
+    std::fs::create_dir(&images).unwrap();
+    let base = check(&machine, None, Protocol::Stop, &images).image;
+    machine.destroy();
+    for (turn, protocol) in Protocol::CAPTURING.into_iter().enumerate() {
+        for tracked in [false, true] {
+            let image = Arc::new(ImageReader::open(&FileStorage, &base.path).unwrap());
+            let unfilled = Machine::build_for_restore(spec(&console)).unwrap();
+            let fill = LazyFill::start(image.clone(), unfilled.regions()).unwrap();
+            let state = image.sections().unwrap();
+            let machine = if tracked {
+                unfilled.finish_tracked(state).unwrap()
+            } else {
+                unfilled.finish(state).unwrap()
+            };
+            let machine = Arc::new(machine);
+            machine.set_filling(fill.clone());
+            let chain = Chain::default();
+            if tracked {
+                let guest: Arc<dyn Guest> = machine.clone();
+                chain.adopt(&guest, image.clone());
+            }
+            machine.start(false).unwrap();
+            std::thread::sleep(Duration::from_millis(turn as u64 * 5));
+            let before = fill.progress();
+            println!("{protocol}, tracked {tracked}: {before:?}");
+            let report = check(&machine, tracked.then_some(&chain), protocol, &images);
+            let increment = report.statistics.increment.as_ref();
+            let parent = increment.and_then(|increment| increment.parent);
+            assert_eq!(parent, tracked.then_some(base.image_uuid));
+            machine.destroy();
+        }
+    }
+}
