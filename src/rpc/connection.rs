@@ -284,6 +284,11 @@ impl<D: Driver> Connection<D> {
     fn stream(&self, header: &Header, payload: &[u8]) {
         // One that is not open may have been ended by us a moment ago.
         let Some(end) = self.client.stream(header.serial) else {
+            if header.status != Status::Continue as i32 {
+                // The client ends its half, too, and waits for the answer.
+                let done = header.answer(Kind::Stream, Status::Ok);
+                self.client.send(packet(&done, &[]));
+            }
             return;
         };
         const DATA: i32 = Status::Continue as i32;

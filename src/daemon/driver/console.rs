@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -30,6 +30,8 @@ const FORCE: u32 = 1;
 const SAFE: u32 = 2;
 /// What a client has typed and the guest has not read yet, at most.
 const TYPED_BYTES_MAX: usize = 1 << 20;
+/// How long whoever is at a console may take to leave it to another.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a client that takes nothing is looked after.
 const FULL_POLL: Duration = Duration::from_millis(50);
 
@@ -47,8 +49,8 @@ impl Consoles {
 
     /// Takes a console; from whoever has it, if `force`.
     fn take(&self, path: &Path, console: &Arc<Console>, force: bool) -> Answer<()> {
-        let mut open = self.lock();
-        if let Some(other) = open.get(path) {
+        let other = self.lock().get(path).cloned();
+        if let Some(other) = other {
             if !force {
                 return Err(RpcError::new(
                     Code::OperationFailed,
@@ -56,8 +58,13 @@ impl Consoles {
                 ));
             }
             other.end(Cause::Replaced);
+            // Two who read one terminal would each get a part.
+            let start = Instant::now();
+            while !other.has_left.load(Ordering::Acquire) && start.elapsed() < LEAVE_TIMEOUT {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
-        open.insert(path.to_owned(), console.clone());
+        self.lock().insert(path.to_owned(), console.clone());
         Ok(())
     }
 
@@ -87,6 +94,7 @@ struct Console {
     typed: Mutex<VecDeque<u8>>,
     ended: Mutex<Option<Cause>>,
     is_over: AtomicBool,
+    has_left: AtomicBool,
     wake: OwnedFd,
 }
 
@@ -212,6 +220,7 @@ fn open(call: &DriverCall<'_>) -> Answer<Reply> {
         typed: Mutex::default(),
         ended: Mutex::default(),
         is_over: AtomicBool::new(false),
+        has_left: AtomicBool::new(false),
         wake: wake.map_err(|error| broken(error.into()))?,
     });
     driver.consoles.take(&path, &console, flags & FORCE != 0)?;
@@ -229,6 +238,7 @@ fn open(call: &DriverCall<'_>) -> Answer<Reply> {
             .name("lvp-console".to_owned())
             .spawn(move || {
                 converse(&line, &of_thread, &sender_too);
+                of_thread.has_left.store(true, Ordering::Release);
                 driver.consoles.give_back(&path, &of_thread);
             });
         if let Err(error) = spawned {
