@@ -439,3 +439,54 @@ fn several_domains_run_from_one_image_with_identities_of_their_own() {
     let xml = bench.ok(&["dumpxml", "dolly"]);
     assert!(xml.contains("<name>dolly</name>"), "{xml}");
 }
+
+#[test]
+fn a_chain_of_increments_is_kept_short_folded_and_gone_on_from_lazily() {
+    if !have_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.start("chained");
+    let images = bench.path("images");
+    fs::create_dir(&images).unwrap();
+    let dir = images.to_str().unwrap();
+    let periodic = [
+        "checkpoint",
+        "chained",
+        "--out",
+        dir,
+        "--every",
+        "10ms",
+        "--count",
+        "4",
+        "--keep",
+        "2",
+    ];
+    let said = bench.ok(&periodic);
+    assert!(said.contains("4 taken, 0 failed"), "{said}");
+    let newest = bench.json(&["inspect", dir]);
+    assert!(!newest["layers"].as_array().unwrap().is_empty(), "{newest}");
+    assert!(newest["inherited_pages"].as_u64().unwrap() > 0);
+    bench.json(&["verify", dir]);
+    bench.ok(&["destroy", "chained"]);
+    bench.wait_gone("chained");
+    // It goes on from there, its memory comes as it is touched, and its next image continues it.
+    bench.ok(&["restore", "--lazy", "--track", "--detach", dir]);
+    let mut console = bench.console("chained");
+    console.say("still there");
+    console.expect("echo: still there");
+    let next = bench.json(&["checkpoint", "chained", "--out", dir, "--incremental"]);
+    let parent = &next["statistics"]["increment"]["parent"];
+    assert_eq!(*parent, newest["image_uuid"], "{next}");
+    bench.ok(&["destroy", "chained"]);
+    bench.wait_gone("chained");
+    let folded = bench.path("folded.lpi");
+    bench.ok(&["rebase", dir, "--out", folded.to_str().unwrap()]);
+    let garbage = bench.json(&["gc", dir, "--keep", "1"]);
+    assert_eq!(garbage["in_use"].as_array().unwrap().len(), 0, "{garbage}");
+    bench.json(&["verify", dir]);
+    fs::remove_dir_all(&images).unwrap();
+    bench.json(&["verify", folded.to_str().unwrap()]);
+    bench.ok(&["restore", "--detach", folded.to_str().unwrap()]);
+    assert_eq!(bench.state("chained"), "running");
+}

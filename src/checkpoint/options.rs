@@ -152,6 +152,9 @@ pub struct CheckpointOptions {
     /// Has an image of a chain needed by no more than so many after it: each writes that part of
     /// the memory which it would not have to. `None` lets images be needed for ever.
     pub span: Option<u32>,
+    /// Keeps so many of the guest's images in the directory, the newest, and what they need; removes
+    /// older ones once this one is whole. `None` keeps all.
+    pub keep: Option<u32>,
     /// Buffers kept from one checkpoint to the next; clone one into each of a guest's checkpoints.
     pub workspace: Workspace,
 }
@@ -175,6 +178,7 @@ impl Default for CheckpointOptions {
             at_pause: None,
             chain: None,
             span: None,
+            keep: None,
             workspace: Workspace::default(),
         }
     }
@@ -196,6 +200,7 @@ impl fmt::Debug for CheckpointOptions {
             .field("pause_limit", &self.pause_limit)
             .field("chain", &self.chain)
             .field("span", &self.span)
+            .field("keep", &self.keep)
             .finish_non_exhaustive()
     }
 }

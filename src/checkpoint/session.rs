@@ -34,8 +34,8 @@ use crate::guest::Guest;
 use crate::page::PAGE_BYTES;
 use crate::state::StateSection;
 use crate::store::{
-    CarryOver, CommittedImage, ImageReader, ImageWriter, LimitedStorage, ManifestFacts, Storage,
-    WriteOptions, estimate_bytes,
+    CarryOver, CommittedImage, Garbage, ImageReader, ImageWriter, LimitedStorage, ManifestFacts,
+    Storage, WriteOptions, collect_garbage, estimate_bytes,
 };
 use crate::sys::sigmask::SignalsBlocked;
 
@@ -140,6 +140,17 @@ pub(crate) struct Session {
 fn longest_pause(options: &CheckpointOptions) -> Option<Duration> {
     let promised = options.max_downtime.filter(|_| options.at_pause.is_none());
     promised.map(|most| most * 9 / 10)
+}
+
+/// Removes images that are older than the newest `keep`. The new one is whole whatever comes of it.
+fn retain(storage: &dyn Storage, committed: &CommittedImage, keep: u32) -> Option<Garbage> {
+    let dir = committed.path.parent()?;
+    let keep = usize::try_from(keep.max(1)).unwrap_or(usize::MAX);
+    let collected = collect_garbage(storage, dir, keep);
+    let collected = collected.inspect_err(|error| {
+        log::warn!("could not remove old images: {error}");
+    });
+    collected.ok()
 }
 
 /// Opens a committed image, to be continued.
@@ -466,7 +477,8 @@ impl Session {
         };
         let began = Instant::now();
         let continues = self.chain_goes_on();
-        let (committed, next) = self.offload("lvp-commit", move || {
+        let keep = self.options.keep;
+        let (committed, next, retention) = self.offload("lvp-commit", move || {
             for section in sections {
                 image
                     .add_section(section)
@@ -478,8 +490,10 @@ impl Session {
             let next = continues
                 .then(|| read_back(storage.as_ref(), &committed))
                 .flatten();
-            Ok((committed, next))
+            let retention = keep.and_then(|keep| retain(storage.as_ref(), &committed, keep));
+            Ok((committed, next, retention))
         })?;
+        self.statistics.retention = retention;
         self.advance_chain(next);
         self.statistics.commit_us = micros(began.elapsed());
         let bytes = committed.image_bytes;

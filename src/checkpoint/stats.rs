@@ -10,6 +10,7 @@ use crate::checkpoint::plan::{Contract, Plan};
 use crate::checkpoint::policy::ClosingReason;
 use crate::checkpoint::protocol::ArmingStatistics;
 use crate::checkpoint::stalls::StallStatistics;
+use crate::store::Garbage;
 
 /// Rounds that are reported one by one: 100 s of harvests at the default interval. More are
 /// counted in the totals only.
@@ -25,6 +26,8 @@ pub struct Statistics {
     pub fallback: Option<String>,
     /// How the image continues another; `None` for one that belongs to no chain.
     pub increment: Option<IncrementStatistics>,
+    /// Which older images were removed, and which could not be; `None` where all are kept.
+    pub retention: Option<Garbage>,
     /// What was known before the start; `None` where nothing depended on it.
     pub plan: Option<Plan>,
     /// What was promised, and whether it was kept; the image's own copy has the promises only.

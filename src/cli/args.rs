@@ -71,6 +71,10 @@ pub(super) enum Command {
     Inspect(InspectArgs),
     /// Checks every digest of an image.
     Verify(ImageArg),
+    /// Writes an image that holds the same as another and needs no other.
+    Rebase(RebaseArgs),
+    /// Removes old images from a directory, as far as newer ones do not need them.
+    Gc(GcArgs),
     /// Lists the guests that are built in, or writes them to a directory.
     Guests(GuestsArgs),
     /// Checkpoints a running computation live, kills it, restores it, and compares protocols.
@@ -171,6 +175,27 @@ pub(super) struct ImageArg {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct RebaseArgs {
+    /// Image file, or a directory: then its newest image.
+    pub image: PathBuf,
+    /// Image file to write, or a directory to add the image to.
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Compression of the memory: none, lz4, or zstd with an optional level (zstd:3).
+    #[arg(long, default_value = "lz4")]
+    pub codec: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GcArgs {
+    /// Directory of images.
+    pub directory: PathBuf,
+    /// How many images of each domain to keep, the newest.
+    #[arg(long)]
+    pub keep: u32,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// Image file, or a directory: then its newest image.
     pub image: PathBuf,
@@ -227,6 +252,16 @@ pub(super) struct CheckpointArgs {
     /// track the guest's writes from now on. The first such image is whole.
     #[arg(long)]
     pub incremental: bool,
+    /// How many of the domain's images to keep in the directory: older ones are removed once the
+    /// new one is whole, as far as the kept ones do not need them.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: Option<u32>,
+    /// Take incremental checkpoints at this interval, as in 5s, until the domain ends.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub every: Option<Duration>,
+    /// Take no more than so many.
+    #[arg(long, value_name = "N", requires = "every")]
+    pub count: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,9 +7,9 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::Context;
 use super::args::CheckpointArgs;
 use super::output::{bytes, duration, micros, table};
+use super::{Context, periodic};
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::{Method, Status};
 use crate::host::{CheckpointRequest, CheckpointSummary, JobProgress, ThreadCount};
@@ -103,7 +103,11 @@ pub(super) fn list(context: &Context) -> anyhow::Result<()> {
 }
 
 pub(super) fn checkpoint(context: &Context, args: &CheckpointArgs) -> anyhow::Result<()> {
-    let request = request(args)?;
+    let mut request = request(args)?;
+    if let Some(every) = args.every {
+        request.incremental = true;
+        return periodic::run(context, args, every, &request);
+    }
     let mut client = ControlClient::connect(&context.runtime()?, &args.name)?;
     let job = client.start_checkpoint(request)?;
     let bar = progress_bar();
@@ -128,6 +132,7 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.spare = args.spare.as_deref().map(absolute).transpose()?;
     request.durable = !args.no_sync;
     request.incremental = args.incremental;
+    request.keep = args.keep;
     Ok(request)
 }
 
@@ -154,7 +159,7 @@ fn show(bar: &ProgressBar, progress: &JobProgress) {
     bar.set_message(progress.phase.clone());
 }
 
-fn summary_text(summary: &CheckpointSummary) -> String {
+pub(super) fn summary_text(summary: &CheckpointSummary) -> String {
     let figures = &summary.figures;
     format!(
         "{}\n{} protocol: downtime {}, {} in all, {} written",

@@ -1,16 +1,17 @@
 //! Subcommands that read images and built-in guests.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use serde::Serialize;
 
 use super::Context;
-use super::args::{GuestsArgs, ImageArg, InspectArgs};
+use super::args::{GcArgs, GuestsArgs, ImageArg, InspectArgs, RebaseArgs};
 use super::output::{bytes, table};
 use crate::guests;
-use crate::host::{Image, ImageSummary};
+use crate::host::{Image, ImageSummary, collect_garbage};
 
 pub(super) fn inspect(context: &Context, args: &InspectArgs) -> anyhow::Result<()> {
     let image = Image::open(&args.image)?;
@@ -83,6 +84,38 @@ pub(super) fn verify(context: &Context, args: &ImageArg) -> anyhow::Result<ExitC
         )
     });
     Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Rebased {
+    image: PathBuf,
+}
+
+pub(super) fn rebase(context: &Context, args: &RebaseArgs) -> anyhow::Result<()> {
+    let image = Image::open(&args.image)?.fold(&args.out, args.codec.parse()?)?;
+    context.output.print(&Rebased { image }, |rebased| {
+        format!("{} needs no other image", rebased.image.display())
+    });
+    Ok(())
+}
+
+pub(super) fn gc(context: &Context, args: &GcArgs) -> anyhow::Result<()> {
+    let garbage = collect_garbage(&args.directory, args.keep)?;
+    context.output.print(&garbage, |garbage| {
+        let mut text = format!(
+            "{} images removed, {} freed",
+            garbage.removed.len(),
+            bytes(garbage.freed_bytes)
+        );
+        if !garbage.needed.is_empty() {
+            text += &format!("; {} older ones are needed", garbage.needed.len());
+        }
+        if !garbage.in_use.is_empty() {
+            text += &format!("; {} are in use", garbage.in_use.len());
+        }
+        text
+    });
+    Ok(())
 }
 
 #[derive(Serialize)]

@@ -7,6 +7,7 @@ mod demo;
 mod domain;
 mod image;
 mod output;
+mod periodic;
 mod scratch;
 mod vm_process;
 mod worker;
@@ -68,6 +69,8 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Destroy(args) => domain::act(&context, &args.name, domain::Action::Destroy)?,
         Command::Inspect(args) => image::inspect(&context, &args)?,
         Command::Verify(args) => return image::verify(&context, &args),
+        Command::Rebase(args) => image::rebase(&context, &args)?,
+        Command::Gc(args) => image::gc(&context, &args)?,
         Command::Guests(args) => image::guests(&context, &args)?,
         Command::Demo(args) => return demo::demo(&context, &args),
         Command::Bench(args) => bench::bench(&context, &args)?,

@@ -32,6 +32,10 @@ use crate::sys::lock::LockFile;
 /// Most threads that read an image: beyond it memory and disk are the limit.
 const RESTORE_THREADS_MAX: usize = 8;
 
+/// Images of a chain that is cut to a few are needed by at least so many after them: with less,
+/// each would be nearly whole.
+const SPAN_MIN: u32 = 8;
+
 /// A guest that is part of the program: `<kernel>builtin:NAME</kernel>`.
 #[derive(Clone, Copy, Debug)]
 pub struct BuiltinKernel {
@@ -494,6 +498,8 @@ impl Domain {
         let guest: Arc<dyn Guest> = machine;
         let mut options = request.engine_options(self.workspace.clone());
         options.chain = request.incremental.then(|| self.chain.clone());
+        options.keep = request.keep;
+        options.span = request.keep.map(|keep| keep.max(SPAN_MIN));
         if options.chain.is_none() {
             // Two cannot use the guest's dirty log: the next incremental image is whole.
             self.chain.end();

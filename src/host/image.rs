@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::host::{HostError, machine_facts};
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PIECE_PAGES, PageRun};
 use crate::restore::{compat, core};
 use crate::store::{
-    FileStorage, ImageReader, ImageSummary, ReadScratch, SectionSummary, VerifyReport,
+    self, Codec, FileStorage, Garbage, ImageReader, ImageSummary, ReadScratch, SectionSummary,
+    Storage, VerifyReport, WriteOptions,
 };
 
 /// Most threads that check an image: beyond it the disk is the limit.
@@ -218,6 +219,18 @@ impl Image {
         written.map_err(failed("write"))
     }
 
+    /// Writes an image that holds the same and needs no other, to `out`, or into the directory there;
+    /// returns its path. Blocks while it is written.
+    pub fn fold(self, out: &Path, codec: Codec) -> Result<PathBuf, HostError> {
+        let options = WriteOptions {
+            codec,
+            ..WriteOptions::default()
+        };
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage);
+        let folded = store::fold(&storage, &Arc::new(self.reader), out, &options)?;
+        Ok(folded.path)
+    }
+
     /// Reads every byte that a restore would use, and checks every digest.
     pub fn verify(&self) -> Result<VerifyReport, HostError> {
         Ok(self.reader.verify(default_threads(VERIFY_THREADS_MAX))?)
@@ -236,6 +249,17 @@ fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
 /// Narrows an offset in memory that the caller has room for.
 fn narrow(value: u64) -> usize {
     usize::try_from(value).expect("a range that is in memory fits the address space")
+}
+
+/// Removes images from the directory `dir` that are older than the newest `keep` of their domain, as
+/// far as no kept one needs them and nobody reads them.
+pub fn collect_garbage(dir: &Path, keep: u32) -> Result<Garbage, HostError> {
+    if keep == 0 {
+        let why = "at least one image is kept: to remove all of them, remove the directory";
+        return Err(HostError::Invalid(why.to_owned()));
+    }
+    let keep = usize::try_from(keep).unwrap_or(usize::MAX);
+    Ok(store::collect_garbage(&FileStorage, dir, keep)?)
 }
 
 /// Returns the number of CPUs that this process may use, but no more than `most`.

@@ -26,7 +26,7 @@ pub use crate::foreign::{
 };
 pub use crate::kvmstate::ClockPolicy;
 pub use crate::state::StateSection;
-pub use crate::store::{Codec, ImageSummary, VerifyReport};
+pub use crate::store::{Codec, Garbage, ImageSummary, VerifyReport};
 pub use crate::sys::lock::LockFile;
 pub use crate::sys::passed_fds::take as take_passed_descriptors;
 pub use crate::sys::termination::TerminationSignals;
@@ -38,7 +38,7 @@ pub use domain::{
 pub use error::{ErrorCode, HostError};
 pub use event::{DomainEvent, DomainEvents, Ending, FinalState};
 pub use foreign::ForeignVm;
-pub use image::{Image, MemoryRange};
+pub use image::{Image, MemoryRange, collect_garbage};
 pub use job::Job;
 pub use request::{
     CheckpointRequest, CheckpointSummary, EndReason, Figures, JobProgress, MachineState,

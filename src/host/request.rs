@@ -99,6 +99,10 @@ pub struct CheckpointRequest {
     /// same directory, where there is one. The guest's writes are tracked from then on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub incremental: bool,
+    /// How many of the domain's images to keep in the directory; older ones are removed once the
+    /// new one is whole, as far as no kept one needs them. All where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<u32>,
 }
 
 /// Codecs travel as the text that users write.
@@ -147,6 +151,7 @@ impl CheckpointRequest {
             pause_limit_ms: None,
             durable: default_durable(),
             incremental: false,
+            keep: None,
         }
     }
 
