@@ -4,7 +4,9 @@
 //! they are made of from here. The models compile those very files against a module of this name
 //! whose operations a model checker schedules (`tests/models/sync.rs`).
 
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+pub(crate) use std::sync::{
+    Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard,
+};
 
 pub(crate) mod atomic {
     pub(crate) use std::sync::atomic::{

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::page::{AtomicPageBitmap, PageRun};
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{PoisonError, RwLock};
+use crate::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 /// Told of a discard before the memory is given back; `cow` captures the pages first.
 pub trait DiscardObserver: Send + Sync {
@@ -115,18 +115,20 @@ impl HostWrites {
     /// bytes copied, while the discard is still to come.
     #[must_use = "the pages are marked dirty when this is dropped, which must be after the discard"]
     pub fn will_discard(&self, run: PageRun) -> Discard<'_> {
-        let observer = self
-            .observer
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        if let Some(observer) = observer {
+        let observer = self.observer.read();
+        let observer = observer.unwrap_or_else(PoisonError::into_inner);
+        if let Some(observer) = observer.as_ref() {
             observer.before_discard(run);
         }
-        Discard { writes: self, run }
+        Discard {
+            writes: self,
+            run,
+            _observer: observer,
+        }
     }
 
-    /// Sets or takes away who is told of discards.
+    /// Sets or takes away who is told of discards. Blocks until those under way have ended: the
+    /// observer knows of every discard that comes after this returns.
     pub fn set_discard_observer(&self, observer: Option<Arc<dyn DiscardObserver>>) {
         *self
             .observer
@@ -153,10 +155,20 @@ impl HostWrites {
 }
 
 /// A discard under way; see [`HostWrites::will_discard`].
-#[derive(Debug)]
 pub struct Discard<'a> {
     writes: &'a HostWrites,
     run: PageRun,
+    // Nobody else becomes the observer before the memory is given back: he would look at memory
+    // that is still there, and never hear that it went.
+    _observer: RwLockReadGuard<'a, Option<Arc<dyn DiscardObserver>>>,
+}
+
+impl fmt::Debug for Discard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Discard")
+            .field("run", &self.run)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Drop for Discard<'_> {
@@ -241,5 +253,33 @@ mod tests {
         assert_eq!(taken(&writes, 0), 0, "marked only once the memory is gone");
         drop(discard);
         assert_eq!(taken(&writes, 0), 0b100);
+    }
+
+    #[test]
+    fn an_observer_is_set_only_when_discards_under_way_have_ended() {
+        struct Deaf;
+        impl DiscardObserver for Deaf {
+            fn before_discard(&self, _run: PageRun) {}
+        }
+        let writes = two_regions();
+        let run = PageRun {
+            start: Gfn(2),
+            page_count: 1,
+        };
+        let discard = writes.will_discard(run);
+        std::thread::scope(|scope| {
+            let set = scope.spawn(|| {
+                writes.set_discard_observer(Some(Arc::new(Deaf)));
+                taken(&writes, 0)
+            });
+            // Time to do it too early in.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            drop(discard);
+            assert_eq!(
+                set.join().unwrap(),
+                0b100,
+                "set before the discard had ended"
+            );
+        });
     }
 }

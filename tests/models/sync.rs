@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use loom::sync::atomic::{AtomicBool, Ordering};
 
-pub(crate) use loom::sync::{Mutex, MutexGuard, RwLock};
+pub(crate) use loom::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 pub(crate) use std::sync::PoisonError;
 
 pub(crate) mod atomic {
