@@ -1398,17 +1398,19 @@ lvp_status lvp_guest_vcpu_enter(lvp_guest *guest, uint32_t vcpu, int vcpu_fd);
  * Lets a vCPU into the guest, or holds it while the guest is paused. The first thing in each turn
  * of the vCPU's loop:
  *
- *     for (;;) {
- *         lvp_gate next = lvp_guest_vcpu_gate(guest, n);
- *         if (next < 0)
- *             break;
- *         if (next == LVP_GATE_ENTER && ioctl(vcpu_fd, KVM_RUN, 0) < 0) {
- *             if (errno == EINTR || errno == EAGAIN)
- *                 continue;
- *             break;
- *         }
- *         handle_exit(run);
+ * ```c
+ * for (;;) {
+ *     lvp_gate next = lvp_guest_vcpu_gate(guest, n);
+ *     if (next < 0)
+ *         break;
+ *     if (next == LVP_GATE_ENTER && ioctl(vcpu_fd, KVM_RUN, 0) < 0) {
+ *         if (errno == EINTR || errno == EAGAIN)
+ *             continue;
+ *         break;
  *     }
+ *     handle_exit(run);
+ * }
+ * ```
  *
  * While a pause is wanted it completes the vCPU's pending exit first (KVM_RUN with immediate_exit,
  * which is put back to what it was). A flag of the caller's own that ends the loop is looked at

@@ -200,7 +200,7 @@ pub trait Guest: Send + Sync {
 
     /// Returns what still fills the guest's memory; `None` where all of it is there. Until then a
     /// page that is in no page table need not be zeros.
-    fn filling(&self) -> Option<std::sync::Arc<dyn MemoryFill>> {
+    fn filling(&self) -> Option<Arc<dyn MemoryFill>> {
         None
     }
 

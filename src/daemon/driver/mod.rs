@@ -4,6 +4,7 @@
 //! libvirt's own error for drivers that do not have it. `docs/libvirt-coverage.md` lists all, and a
 //! test compares it with the table.
 
+mod absent;
 mod block;
 mod config;
 mod connect;
@@ -19,7 +20,6 @@ mod save;
 mod snapshot;
 mod snapshot_info;
 mod stats;
-mod stubs;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -57,7 +57,7 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     snapshot_info::TABLE,
     console::TABLE,
     events::TABLE,
-    stubs::TABLE,
+    absent::TABLE,
 ];
 
 impl Driver for Livepoint {
