@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::Bench;
 use crate::checkpoint::fake::Operation;
 use crate::checkpoint::{CheckpointError, Phase, Protocol};
+use crate::store::{FileStorage, ImageReader};
 
 /// Name and mask of blocked signals of every thread of ours.
 fn engine_threads() -> Vec<(String, u64)> {
@@ -110,7 +111,8 @@ fn a_job_whose_handle_is_dropped_goes_on_to_its_end() {
     bench.guest.fill();
     drop(bench.start());
     let start = std::time::Instant::now();
-    while !bench.path().exists() {
+    // There, and its writer has let go of it.
+    while ImageReader::open(&FileStorage, &bench.path()).is_err() {
         assert!(start.elapsed() < Duration::from_secs(20));
         std::thread::sleep(Duration::from_millis(1));
     }
