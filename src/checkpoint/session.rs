@@ -29,7 +29,7 @@ use crate::checkpoint::protocol::{self, Captured};
 use crate::checkpoint::stats::{Downtime, Statistics, micros};
 use crate::checkpoint::tracker::{DirtySet, Logging, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
-use crate::checkpoint::writer::Tally;
+use crate::checkpoint::writer::{Buffers, Returned, Tally, WriteQueue, start_writers};
 use crate::guest::Guest;
 use crate::page::PAGE_BYTES;
 use crate::state::StateSection;
@@ -279,6 +279,37 @@ impl Session {
         self.disks = None;
         self.job.enter(Phase::Committing)?;
         self.commit(captured, storage)
+    }
+
+    /// Starts the threads that write the image, fed through the returned queue.
+    pub(crate) fn start_writers(
+        &mut self,
+        buffers: Buffers,
+    ) -> Result<(WriteQueue, Returned), CheckpointError> {
+        let threads = self.policy.write_threads;
+        self.statistics.write_threads = threads as u64;
+        let image = self.image();
+        start_writers(
+            &mut self.writers,
+            &self.control,
+            &image,
+            &self.tally,
+            buffers,
+            threads,
+        )
+    }
+
+    /// Waits until everything queued is in the image, for which every handle on the queue must be
+    /// gone, and keeps the buffers for the next checkpoint.
+    pub(crate) fn join_writers(
+        &mut self,
+        returned: &Returned,
+        resumed: Instant,
+    ) -> Result<(), Halt> {
+        self.writers.join()?;
+        self.statistics.drain_us = micros(resumed.elapsed());
+        self.options.workspace.keep(returned.buffers(), None);
+        Ok(())
     }
 
     /// Returns the image, for a thread that writes to it.

@@ -24,24 +24,14 @@ use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{Round, Statistics, micros, per_second};
 use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
-use crate::checkpoint::writer::{Buffer, Buffers, WriteQueue, start_writers};
+use crate::checkpoint::writer::{Buffer, Buffers, WriteQueue};
 use crate::page::PAGE_BYTES;
 
 pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.statistics.mechanism = "kvm-dirty-log";
     session.statistics.capture_threads = session.policy.scan_threads() as u64;
-    session.statistics.write_threads = session.policy.write_threads as u64;
     let all = session.options.workspace.buffers(session.policy.buffers)?;
-    let image = session.image();
-    let (queue, returned) = start_writers(
-        &mut session.writers,
-        &session.control,
-        &image,
-        &session.tally,
-        Buffers::alike(all),
-        session.policy.write_threads,
-    )?;
-    drop(image);
+    let (queue, returned) = session.start_writers(Buffers::alike(all))?;
     let logging = session.start_log()?;
     session.job.enter(Phase::Live)?;
     let mut rounds = live(session, queue)?;

@@ -20,25 +20,15 @@ use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
 use crate::checkpoint::stats::{micros, per_second};
-use crate::checkpoint::writer::{Buffers, WriteQueue, start_writers};
+use crate::checkpoint::writer::{Buffers, WriteQueue};
 use crate::page::PAGE_BYTES;
 
 pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.statistics.mechanism = "kvm-dirty-log";
     session.statistics.capture_threads = session.policy.scan_threads() as u64;
-    session.statistics.write_threads = session.policy.write_threads as u64;
     let staging = make_staging(session)?;
     let buffers = Buffers::alike(session.options.workspace.buffers(session.policy.buffers)?);
-    let image = session.image();
-    let (queue, returned) = start_writers(
-        &mut session.writers,
-        &session.control,
-        &image,
-        &session.tally,
-        buffers,
-        session.policy.write_threads,
-    )?;
-    drop(image);
+    let (queue, returned) = session.start_writers(buffers)?;
     let logging = session.start_log()?;
     session.job.enter(Phase::Live)?;
     let (helpers, mut harvester) = live(session, queue, staging)?;

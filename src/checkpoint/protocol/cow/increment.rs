@@ -11,30 +11,18 @@ use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::protocol::precopy::{Rounds, report};
 use crate::checkpoint::session::Session;
-use crate::checkpoint::stats::micros;
-use crate::checkpoint::tracker::DirtySet;
-use crate::checkpoint::writer::{Buffers, start_writers};
+use crate::checkpoint::writer::Buffers;
 
-pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
+/// `dirty` is how many pages were written so far.
+pub(super) fn capture(session: &mut Session, dirty: u64) -> Result<Captured, Halt> {
     session.statistics.mechanism = "kvm-dirty-log";
-    session.statistics.write_threads = session.policy.write_threads as u64;
-    let dirty = session.tracker.peek(&mut DirtySet::new(&session.layout))?;
     // Twice as many as are needed now: the pause must not wait for the disk.
     let pieces = usize::try_from(dirty).unwrap_or(usize::MAX) / PIECE * 2;
     let all = session
         .options
         .workspace
         .buffers(pieces + session.policy.buffers)?;
-    let image = session.image();
-    let (queue, returned) = start_writers(
-        &mut session.writers,
-        &session.control,
-        &image,
-        &session.tally,
-        Buffers::alike(all),
-        session.policy.write_threads,
-    )?;
-    drop(image);
+    let (queue, returned) = session.start_writers(Buffers::alike(all))?;
     session.job.enter(Phase::Live)?;
     let mut rounds = Rounds::new(session, queue);
     let lease = session.lease.clone();
@@ -43,9 +31,7 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.job.enter(Phase::Draining)?;
     report(session, &rounds);
     drop(rounds);
-    session.writers.join()?;
-    session.statistics.drain_us = micros(resumed.elapsed());
-    session.options.workspace.keep(returned.buffers(), None);
+    session.join_writers(&returned, resumed)?;
     Ok(Captured {
         sections: pause.sections,
         moment: pause.moment,

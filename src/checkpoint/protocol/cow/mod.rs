@@ -40,7 +40,7 @@ use crate::checkpoint::session::Session;
 use crate::checkpoint::stalls::StallCounter;
 use crate::checkpoint::stats::micros;
 use crate::checkpoint::tracker::{DirtySet, Unprotectable, WriteProtection};
-use crate::checkpoint::writer::{Buffers, Returned, start_writers};
+use crate::checkpoint::writer::{Buffers, Returned};
 use crate::guest::Guest;
 use crate::page::PIECE_BYTES;
 use ahead::Ahead;
@@ -61,7 +61,6 @@ pub(super) fn capture(
     protection: WriteProtection,
 ) -> Result<Captured, Halt> {
     session.statistics.mechanism = "userfaultfd-wp";
-    session.statistics.write_threads = session.policy.write_threads as u64;
     let (cow, returned) = make(session, protection)?;
     // Whatever happens from here on: everybody is let go at the end of this function.
     let release = Release(cow.clone());
@@ -98,9 +97,7 @@ pub(super) fn capture(
     report_staging(session, &cow);
     drop(cow);
     // The last thread's handle on the queue went with it: the writers end when all is written.
-    session.writers.join()?;
-    session.statistics.drain_us = micros(resumed.elapsed());
-    session.options.workspace.keep(returned.buffers(), None);
+    session.join_writers(&returned, resumed)?;
     Ok(Captured {
         sections: pause.sections,
         moment: pause.moment,
@@ -140,7 +137,7 @@ pub(super) fn small_increment(session: &mut Session) -> Result<Option<Captured>,
     if PageCost::of_copying().of(dirty) > session.policy.downtime_budget {
         return Ok(None);
     }
-    increment::capture(session).map(Some)
+    increment::capture(session, dirty).map(Some)
 }
 
 /// Makes staging and starts the writers.
@@ -160,21 +157,13 @@ fn make(
         .buffers_while(count, || session.control.check().is_ok())?;
     session.control.check()?;
     session.statistics.staging.capacity_bytes = (count * PIECE_BYTES) as u64;
-    let image = session.image();
-    let (queue, returned) = start_writers(
-        &mut session.writers,
-        &session.control,
-        &image,
-        &session.tally,
-        Buffers { all, reserve },
-        session.policy.write_threads,
-    )?;
+    let (queue, returned) = session.start_writers(Buffers { all, reserve })?;
     let cow = CopyOnWrite::new(Parts {
         layout: session.layout.clone(),
         control: session.control.clone(),
         protection,
         queue,
-        image,
+        image: session.image(),
         tally: session.tally.clone(),
         staging_pieces: count,
         log: (session.chain_goes_on() && !session.tracker.is_since_parent())
