@@ -2,14 +2,13 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::mem::size_of;
-use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
 
 use super::callbacks::{Callbacks, lvp_guest_callbacks};
 use super::image::lvp_image;
 use super::job::lvp_job;
-use super::options::{Options, lvp_checkpoint_options, read};
+use super::options::{Options, checkpoint_arguments, lvp_checkpoint_options, read};
 use super::state::fd_argument;
 use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
@@ -311,14 +310,8 @@ pub unsafe extern "C" fn lvp_guest_checkpoint(
         // SAFETY: the caller's contract.
         let guest = unsafe { handle(guest, "guest") }?;
         // SAFETY: the caller's contract.
-        let out = unsafe { str_argument(out, "out") }?;
-        // SAFETY: the caller's contract.
-        let options = unsafe { read(options) }?;
-        // SAFETY: the caller's contract.
-        let request = unsafe { options.to_request() }?;
-        let path =
-            std::path::absolute(out).map_err(|error| Failure::invalid(format!("out: {error}")))?;
-        let job = lvp_job::new(guest.vm.start_checkpoint(Path::new(&path), &request)?);
+        let (path, request) = unsafe { checkpoint_arguments(out, options) }?;
+        let job = lvp_job::new(guest.vm.start_checkpoint(&path, &request)?);
         let job = Box::into_raw(Box::new(job));
         // SAFETY: checked above not to be null; writable by the caller's contract.
         unsafe { write_out(job_out, job, "job_out") }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::job::lvp_job;
-use super::options::{lvp_checkpoint_options, lvp_machine_options, read};
+use super::options::{checkpoint_arguments, lvp_checkpoint_options, lvp_machine_options, read};
 use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
 use crate::host::{Domain, DomainOptions, EndReason, MachineState, RestoreOptions, RuntimeDir};
@@ -290,13 +290,7 @@ pub unsafe extern "C" fn lvp_machine_checkpoint(
         // SAFETY: the caller's contract.
         let machine = unsafe { handle(machine, "machine") }?;
         // SAFETY: the caller's contract.
-        let out = unsafe { str_argument(out, "out") }?;
-        // SAFETY: the caller's contract.
-        let options = unsafe { read(options) }?;
-        // SAFETY: the caller's contract.
-        let mut request = unsafe { options.to_request() }?;
-        let path =
-            std::path::absolute(out).map_err(|error| Failure::invalid(format!("out: {error}")))?;
+        let (path, mut request) = unsafe { checkpoint_arguments(out, options) }?;
         request.out = Some(path);
         let job = lvp_job::new(machine.domain.start_checkpoint(&request)?);
         let job = Box::into_raw(Box::new(job));

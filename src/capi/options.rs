@@ -155,6 +155,26 @@ unsafe impl Options for lvp_checkpoint_options {
     };
 }
 
+/// Reads what a call asks for: the image's path, absolute now, and the options.
+///
+/// # Safety
+/// `out` is null or a zero-terminated string; `options` is null or as [`read`] and
+/// [`lvp_checkpoint_options::to_request`] want it.
+pub(super) unsafe fn checkpoint_arguments(
+    out: *const c_char,
+    options: *const lvp_checkpoint_options,
+) -> Result<(PathBuf, CheckpointRequest), Failure> {
+    // SAFETY: the function's contract.
+    let out = unsafe { str_argument(out, "out") }?;
+    // SAFETY: the function's contract.
+    let options = unsafe { read(options) }?;
+    // SAFETY: the function's contract.
+    let request = unsafe { options.to_request() }?;
+    let path =
+        std::path::absolute(out).map_err(|error| Failure::invalid(format!("out: {error}")))?;
+    Ok((path, request))
+}
+
 impl lvp_checkpoint_options {
     /// Checks the options.
     ///
