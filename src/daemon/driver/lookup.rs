@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{Answer, DriverCall, Livepoint};
+use super::{Answer, DriverCall, Livepoint, fits_groups};
 use crate::daemon::managed::Managed;
 use crate::daemon::state::RunState;
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, procedure};
@@ -104,13 +104,7 @@ pub(super) fn fits(driver: &Livepoint, domain: &Managed, flags: u32) -> bool {
         &[(4096, snapshots), (8192, !snapshots)],
         &[(16_384, false), (32_768, true)],
     ];
-    groups.iter().all(|group| {
-        let asked = group.iter().any(|(flag, _)| flags & flag != 0);
-        !asked
-            || group
-                .iter()
-                .any(|(flag, holds)| flags & flag != 0 && *holds)
-    })
+    fits_groups(flags, &groups)
 }
 
 fn all(call: &DriverCall<'_>, (need_results, flags): (i32, u32)) -> Answer<(Domains, u32)> {

@@ -85,6 +85,18 @@ pub fn coverage() -> Vec<(i32, &'static str, bool)> {
         .collect()
 }
 
+/// Returns whether something fits the flags of a list: of each group of which a flag is set, one
+/// that is set must hold.
+fn fits_groups(flags: u32, groups: &[&[(u32, bool)]]) -> bool {
+    groups.iter().all(|group| {
+        let mut asked = group
+            .iter()
+            .filter(|(flag, _)| flags & flag != 0)
+            .peekable();
+        asked.peek().is_none() || asked.any(|(_, holds)| *holds)
+    })
+}
+
 /// Refuses flags that a call does not know, in libvirt's words.
 fn check_flags(flags: u32, known: u32, function: &str) -> Answer<()> {
     let unknown = flags & !known;

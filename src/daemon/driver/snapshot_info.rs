@@ -1,6 +1,6 @@
 //! What snapshots there are. And disk checkpoints, libvirt's other thing of that name: none.
 
-use super::{Answer, DriverCall, Livepoint, check_flags};
+use super::{Answer, DriverCall, Livepoint, check_flags, fits_groups};
 use crate::daemon::managed::{Managed, State};
 use crate::daemon::snapshots::{Snapshot, SnapshotState, Snapshots};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, SnapshotRef, procedure};
@@ -61,13 +61,7 @@ fn fits(snapshots: &Snapshots, snapshot: &Snapshot, flags: u32) -> bool {
         &[(32, !active), (64, active), (128, false)],
         &[(256, !snapshot.is_external), (512, snapshot.is_external)],
     ];
-    groups.iter().all(|group| {
-        let asked = group.iter().any(|(flag, _)| flags & flag != 0);
-        !asked
-            || group
-                .iter()
-                .any(|(flag, holds)| flags & flag != 0 && *holds)
-    })
+    fits_groups(flags, &groups)
 }
 
 /// Returns the names of a domain's snapshots, parents before children.
