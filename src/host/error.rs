@@ -1,6 +1,5 @@
 //! What can go wrong at the facade, with a code for programs.
 
-use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -11,8 +10,8 @@ use crate::domain::DomainError;
 use crate::foreign::ForeignError;
 use crate::guest::GuestError;
 use crate::kvmstate::KvmStateError;
-use crate::machine::MachineError;
 use crate::machine::virtio::blk::DiskError;
+use crate::machine::{MachineError, describe_chain};
 use crate::restore::core::CoreError;
 use crate::restore::eager::FillError as RestoreError;
 use crate::state::StateError;
@@ -242,14 +241,7 @@ impl HostError {
 
     /// Returns the error and its causes as one line.
     pub fn full_message(&self) -> String {
-        let mut message = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            message.push_str(": ");
-            message.push_str(&error.to_string());
-            cause = error.source();
-        }
-        message
+        describe_chain(self)
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Weak};
 
 use crate::host::HostError;
-use crate::machine::Machine;
 use crate::machine::spec::MachineSpec;
+use crate::machine::{Machine, describe_chain};
 use crate::restore::eager::FillError;
 use crate::restore::lazy::LazyFill;
 use crate::store::ImageReader;
@@ -48,7 +48,7 @@ pub(super) fn restore(
         if let Some(machine) = ended.upgrade() {
             machine.fail(&format!(
                 "its memory cannot be restored: {}",
-                chain_of(&*error)
+                describe_chain(&*error)
             ));
         }
         give_up(&fill_of);
@@ -60,14 +60,4 @@ fn give_up(fill: &Weak<LazyFill>) {
     if let Some(fill) = fill.upgrade() {
         fill.give_up();
     }
-}
-
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

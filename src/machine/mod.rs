@@ -156,7 +156,7 @@ impl MachineError {
 }
 
 /// Returns an error and its causes in one line.
-fn describe_chain(error: &dyn Error) -> String {
+pub(crate) fn describe_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
