@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::memory::{assert_same_memory, read_page, shadow};
+use common::memory::{assert_same_memory, copy_at_pause, read_page, shadow};
 use common::pagewriter::assert_single_moment;
 use common::{have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Workspace};
@@ -225,12 +225,10 @@ fn check_one(
     options.workspace = shadows.workspace.clone();
     // The copy for the test takes its time, inside the pause.
     options.pause_limit = Duration::from_secs(30);
-    let (into, calls) = (copy.clone(), hooked.clone());
+    let (copy_memory, calls) = (copy_at_pause(copy.clone()), hooked.clone());
     options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
         *calls.lock().unwrap() += 1;
-        for (from, to) in guest.regions().iter().zip(into.iter()) {
-            from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
-        }
+        copy_memory(guest);
     }));
     let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), path, options).unwrap();
     let report = job

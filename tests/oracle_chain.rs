@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::memory::{assert_same_memory, shadow};
+use common::memory::{assert_same_memory, copy_at_pause, shadow};
 use common::{have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report, Workspace};
 use livepoint::guest::{Guest, MemoryRegion};
@@ -92,12 +92,7 @@ impl Shadows {
         options.workspace = workspace.clone();
         // The copy for the test takes its time, inside the pause.
         options.pause_limit = Duration::from_secs(30);
-        let into = self.copy.clone();
-        options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
-            for (from, to) in guest.regions().iter().zip(into.iter()) {
-                from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
-            }
-        }));
+        options.at_pause = Some(copy_at_pause(self.copy.clone()));
         let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), dir, options).unwrap();
         let report = job
             .wait()

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::memory::{assert_same_memory, shadow};
+use common::memory::{assert_same_memory, copy_at_pause, shadow};
 use common::{Random, have_kvm, wait_line};
 use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report};
 use livepoint::guest::{Backing, Guest, MemoryFill as _, MemoryRegion};
@@ -205,12 +205,7 @@ fn check(machine: &Arc<Machine>, chain: Option<&Chain>, protocol: Protocol, dir:
     options.durable = false;
     options.chain = chain.cloned();
     options.pause_limit = Duration::from_secs(30);
-    let into = copy.clone();
-    options.at_pause = Some(Arc::new(move |guest: &dyn Guest| {
-        for (from, to) in guest.regions().iter().zip(into.iter()) {
-            from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
-        }
-    }));
+    options.at_pause = Some(copy_at_pause(copy.clone()));
     let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), dir, options).unwrap();
     let report = job
         .wait()

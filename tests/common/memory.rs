@@ -1,6 +1,9 @@
 //! Guest memory, compared with what it should be.
 
-use livepoint::guest::MemoryRegion;
+use std::sync::Arc;
+
+use livepoint::checkpoint::PauseHook;
+use livepoint::guest::{Guest, MemoryRegion};
 use livepoint::page::PAGE_BYTES;
 use livepoint::sys::anon;
 
@@ -47,4 +50,13 @@ pub fn read_page(regions: &[MemoryRegion], gpa: u64, out: &mut [u8]) {
         .unwrap_or_else(|| panic!("{gpa:#x} is in no region"));
     let offset = usize::try_from(gpa - region.start.gpa()).unwrap();
     region.mapping.copy_out(offset, &mut out[..PAGE_BYTES]);
+}
+
+/// Returns a hook that copies the guest's memory to `into` in the pause.
+pub fn copy_at_pause(into: Arc<Vec<MemoryRegion>>) -> PauseHook {
+    Arc::new(move |guest: &dyn Guest| {
+        for (from, to) in guest.regions().iter().zip(into.iter()) {
+            from.mapping.copy_to(0, &to.mapping, 0, from.mapping.len());
+        }
+    })
 }

@@ -3,7 +3,6 @@
 //! Each of these makes a model here fail: a load and a store in place of either compare-and-swap,
 //! a gate that lets a commit through once it is closed, or a cancel once it is passed.
 
-use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,8 +13,7 @@ use loom::thread;
 use crate::checkpoint::commit::GatedStorage;
 use crate::checkpoint::control::Control;
 use crate::checkpoint::error::CheckpointError;
-use crate::store::backend::EntryKind;
-use crate::store::{Storage, StorageFile};
+use crate::store::Storage;
 
 /// Storage that counts renames.
 #[derive(Debug)]
@@ -25,34 +23,6 @@ impl Storage for Renames {
     fn rename(&self, _: &Path, _: &Path) -> io::Result<()> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
-    }
-
-    fn create_new(&self, _: &Path) -> io::Result<Box<dyn StorageFile>> {
-        unimplemented!()
-    }
-
-    fn open(&self, _: &Path) -> io::Result<Box<dyn StorageFile>> {
-        unimplemented!()
-    }
-
-    fn kind(&self, _: &Path) -> io::Result<Option<EntryKind>> {
-        unimplemented!()
-    }
-
-    fn remove(&self, _: &Path) -> io::Result<()> {
-        unimplemented!()
-    }
-
-    fn sync_dir(&self, _: &Path) -> io::Result<()> {
-        unimplemented!()
-    }
-
-    fn list(&self, _: &Path) -> io::Result<Vec<OsString>> {
-        unimplemented!()
-    }
-
-    fn free_bytes(&self, _: &Path) -> io::Result<u64> {
-        unimplemented!()
     }
 }
 

@@ -47,19 +47,34 @@ pub(crate) mod backend {
     }
 }
 
-/// Storage, as the gate before its renames sees it.
+/// Storage, as the gate before its renames sees it. Models do nothing else with it.
 pub(crate) trait Storage: Send + Sync + fmt::Debug {
-    fn create_new(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    fn create_new(&self, _path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        unreachable!("no model makes a file")
+    }
     fn take_over(&self, _spare: &Path, _path: &Path) -> io::Result<Box<dyn StorageFile>> {
         unreachable!("no model writes over a file")
     }
-    fn open(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
-    fn kind(&self, path: &Path) -> io::Result<Option<backend::EntryKind>>;
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    fn remove(&self, path: &Path) -> io::Result<()>;
-    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
-    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>>;
-    fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
+    fn open(&self, _path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        unreachable!("no model opens a file")
+    }
+    fn kind(&self, _path: &Path) -> io::Result<Option<backend::EntryKind>> {
+        unreachable!("no model asks what a file is")
+    }
+    fn remove(&self, _path: &Path) -> io::Result<()> {
+        unreachable!("no model removes a file")
+    }
+    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
+        unreachable!("no model syncs a directory")
+    }
+    fn list(&self, _dir: &Path) -> io::Result<Vec<OsString>> {
+        unreachable!("no model lists a directory")
+    }
+    fn free_bytes(&self, _dir: &Path) -> io::Result<u64> {
+        unreachable!("no model asks for room")
+    }
 }
 
 pub(crate) trait StorageFile {}
