@@ -310,10 +310,19 @@ impl FakeGuest {
         self.gate.is_closed()
     }
 
-    /// Starts the vCPUs and a device; they run until the returned value is dropped.
-    ///
-    /// Each vCPU writes pages of a working set that moves, as fast as it can.
+    /// Starts the vCPUs and a device, which also gives pages back to the host; they run until the
+    /// returned value is dropped.
     pub(crate) fn run(self: &Arc<Self>, vcpus: usize, seed: u64) -> Running {
+        let mut running = self.run_vcpus(vcpus, seed);
+        let guest = self.clone();
+        let dice = Dice::new(seed * 100 + 99);
+        let device = thread::spawn(move || guest.run_device(dice));
+        running.threads.push(device);
+        running
+    }
+
+    /// Starts the vCPUs alone. Each writes pages of a working set that moves, as fast as it can.
+    pub(crate) fn run_vcpus(self: &Arc<Self>, vcpus: usize, seed: u64) -> Running {
         let mut threads = Vec::new();
         for vcpu in 0..vcpus {
             self.gate.enter(vcpu);
@@ -321,9 +330,6 @@ impl FakeGuest {
             let dice = Dice::new(seed * 100 + vcpu as u64 + 1);
             threads.push(thread::spawn(move || guest.run_vcpu(vcpu, dice)));
         }
-        let guest = self.clone();
-        let dice = Dice::new(seed * 100 + 99);
-        threads.push(thread::spawn(move || guest.run_device(dice)));
         Running {
             guest: self.clone(),
             threads,
