@@ -194,16 +194,10 @@ impl Backend {
                 }
                 sent(rustix::io::write(&*master, bytes))
             }
-            Kind::Listener { client, .. } => {
-                let Some(socket) = client else {
-                    return Sent::Discarded;
-                };
-                let result = send_to_socket(socket.as_fd(), bytes);
-                if result == Sent::Discarded {
-                    *client = None;
-                }
-                result
-            }
+            // One that takes nothing any more may have left input: only its end ends a client.
+            Kind::Listener { client, .. } => client
+                .as_ref()
+                .map_or(Sent::Discarded, |it| send_to_socket(it.as_fd(), bytes)),
             Kind::Stream { socket, .. } => send_to_socket(socket.as_fd(), bytes),
         }
     }
@@ -366,4 +360,31 @@ fn is_stale(path: &Path) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     let refused = |error: io::Error| error.kind() == ErrorKind::ConnectionRefused;
     is_socket && UnixStream::connect(path).is_err_and(refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn what_a_client_wrote_before_it_left_comes_in_though_output_failed_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let mut backend = Backend::open(&SerialBackend::UnixListen { path: path.clone() }).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(b"crash").unwrap();
+        drop(client);
+        backend.accept();
+        assert_eq!(backend.send(b"ready"), Sent::Discarded);
+        let mut buffer = [0; 16];
+        assert_eq!(backend.receive(&mut buffer), Received::Bytes(5));
+        assert_eq!(&buffer[..5], b"crash");
+        assert_eq!(backend.receive(&mut buffer), Received::Ended);
+
+        let _next = UnixStream::connect(&path).unwrap();
+        backend.accept();
+        assert_eq!(backend.send(b"ready"), Sent::Bytes(5));
+    }
 }
