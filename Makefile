@@ -3,26 +3,39 @@
 #   make test   every test, in its short form
 #   make bench  the evaluation, in about an hour; see docs/measurements.md
 
-PREFIX  ?= /usr/local
-LIBDIR  ?= $(PREFIX)/lib
-DESTDIR ?=
 BENCH   ?= --runs 3
 CARGO   ?= cargo
+
+# Where `make install` puts things; docs/packaging.md.
+DESTDIR    ?=
+PREFIX     ?= /usr/local
+LIBDIR     ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+MANDIR     ?= $(PREFIX)/share/man
+DOCDIR     ?= $(PREFIX)/share/doc/livepoint
+UNITDIR    ?= $(PREFIX)/lib/systemd/system
+BASHDIR    ?= $(PREFIX)/share/bash-completion/completions
+ZSHDIR     ?= $(PREFIX)/share/zsh/site-functions
+FISHDIR    ?= $(PREFIX)/share/fish/vendor_completions.d
 
 VERSION   := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SOVERSION := 0
 TARGET    := $(or $(CARGO_TARGET_DIR),target)
+BUILT     ?= $(TARGET)/release
 SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # Guests are C; the C tests run under valgrind as well; virsh is the daemon's client.
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
 PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB)
+# An installation is used with pkg-config and CMake, and its man pages are checked.
+PACKAGES_INSTALL := make pkg-config cmake groff-base mandoc
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB) $(PACKAGES_INSTALL)
 
-# Installs the Debian packages in $(1) that are missing, and says so.
+# Installs the Debian packages in $(1) that are missing, and says so. Does nothing elsewhere.
 define need
-@missing=; for package in $(1); do \
+@command -v apt-get >/dev/null || exit 0; \
+missing=; for package in $(1); do \
 	dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
 		|| missing="$$missing $$package"; \
 done; \
@@ -33,7 +46,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long lab lint bench header install setup setup-test clean
+.PHONY: help build demo test test-long lab lint bench header install install-built uninstall setup setup-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -76,31 +89,52 @@ header: ## copies the generated C header to include/
 	$(CARGO) build --release --lib
 	cp "$$(ls -t $(TARGET)/release/build/livepoint-*/out/livepoint.h | head -n 1)" include/livepoint.h
 
-# Writes $(1) to $(2), with the places of this installation.
+# Writes the file $(1) to the directory $(2), with the places of this installation.
 define substitute
-sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
-	-e 's|@SOVERSION@|$(SOVERSION)|' $(1) > $(DESTDIR)$(2)
+sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@LIBDIR@|$(LIBDIR)|g' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|g' \
+	-e 's|@LIBDIR_TO_INCLUDE@|'"$$(realpath -m --relative-to=$(LIBDIR) $(INCLUDEDIR))"'|g' \
+	-e 's|@VERSION@|$(VERSION)|g' -e 's|@SOVERSION@|$(SOVERSION)|g' \
+	$(1) > $(DESTDIR)$(2)/$(basename $(notdir $(1)))
 endef
 
 install: build ## into $(DESTDIR)$(PREFIX)
-	install -Dm755 $(TARGET)/release/livepoint $(DESTDIR)$(PREFIX)/bin/livepoint
-	install -Dm755 $(TARGET)/release/livepointd $(DESTDIR)$(PREFIX)/bin/livepointd
-	install -Dm755 $(TARGET)/release/liblivepoint.so $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(VERSION)
-	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	install -m644 packaging/systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
-	sed -e 's|@PREFIX@|$(PREFIX)|g' packaging/systemd/livepointd.service.in \
-		> $(DESTDIR)$(PREFIX)/lib/systemd/system/livepointd.service
+	$(MAKE) install-built
+
+install-built: # what is in $(BUILT); builds nothing
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR)
+	install -m755 $(BUILT)/livepoint $(BUILT)/livepointd $(DESTDIR)$(PREFIX)/bin/
+	install -m644 $(BUILT)/liblivepoint.so $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(VERSION)
 	ln -sf liblivepoint.so.$(VERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so.$(SOVERSION)
 	ln -sf liblivepoint.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/liblivepoint.so
-	install -Dm644 include/livepoint.h $(DESTDIR)$(PREFIX)/include/livepoint.h
-	install -Dm644 include/livepoint.hpp $(DESTDIR)$(PREFIX)/include/livepoint.hpp
-	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(LIBDIR)/cmake/livepoint
-	$(call substitute,packaging/livepoint.pc.in,$(LIBDIR)/pkgconfig/livepoint.pc)
-	$(call substitute,packaging/livepoint-config.cmake.in,$(LIBDIR)/cmake/livepoint/livepoint-config.cmake)
-	$(call substitute,packaging/livepoint-config-version.cmake.in,$(LIBDIR)/cmake/livepoint/livepoint-config-version.cmake)
-	install -d $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples
-	install -m644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs/*.md $(DESTDIR)$(PREFIX)/share/doc/livepoint/
-	cp -r examples/. $(DESTDIR)$(PREFIX)/share/doc/livepoint/examples/
+	install -m644 include/livepoint.h include/livepoint.hpp $(DESTDIR)$(INCLUDEDIR)/
+	install -d $(DESTDIR)$(LIBDIR)/cmake/livepoint
+	$(call substitute,packaging/livepoint.pc.in,$(LIBDIR)/pkgconfig)
+	$(call substitute,packaging/livepoint-config.cmake.in,$(LIBDIR)/cmake/livepoint)
+	$(call substitute,packaging/livepoint-config-version.cmake.in,$(LIBDIR)/cmake/livepoint)
+	install -d $(DESTDIR)$(UNITDIR)
+	install -m644 packaging/systemd/*.socket $(DESTDIR)$(UNITDIR)/
+	$(call substitute,packaging/systemd/livepointd.service.in,$(UNITDIR))
+	install -d $(DESTDIR)$(DOCDIR)
+	install -m644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs/*.md $(DESTDIR)$(DOCDIR)/
+	cp -r examples $(DESTDIR)$(DOCDIR)/
+	set -e; manual=$$(mktemp -d); trap 'rm -rf "$$manual"' EXIT; \
+	$(BUILT)/livepoint-manual "$$manual"; \
+	for section in 1 3 8; do \
+		install -d $(DESTDIR)$(MANDIR)/man$$section; \
+		install -m644 "$$manual/man/man$$section"/* $(DESTDIR)$(MANDIR)/man$$section/; \
+	done; \
+	install -d $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR); \
+	for command in livepoint livepointd; do \
+		install -m644 "$$manual/completions/$$command.bash" $(DESTDIR)$(BASHDIR)/$$command; \
+		install -m644 "$$manual/completions/_$$command" $(DESTDIR)$(ZSHDIR)/; \
+		install -m644 "$$manual/completions/$$command.fish" $(DESTDIR)$(FISHDIR)/; \
+	done
+
+uninstall: ## takes away what `make install` with the same options puts there
+	set -e; staged=$$(mktemp -d); trap 'rm -rf "$$staged"' EXIT; \
+	$(MAKE) --no-print-directory install-built DESTDIR="$$staged" >/dev/null; \
+	(cd "$$staged" && find . ! -type d) | while read -r file; do rm -f "$(DESTDIR)/$$file"; done; \
+	rm -rf $(DESTDIR)$(DOCDIR) $(DESTDIR)$(LIBDIR)/cmake/livepoint
 
 clean:
 	$(CARGO) clean

@@ -9,7 +9,7 @@ use crate::host::{ClockPolicy, Protocol, RuntimeDir};
 
 /// Runs KVM virtual machines and saves them while they keep running.
 #[derive(Debug, Parser)]
-#[command(name = "livepoint", version, about, long_about = None)]
+#[command(name = "livepoint", version)]
 pub(super) struct Arguments {
     /// Print one JSON object on stdout instead of text.
     #[arg(long, global = true)]

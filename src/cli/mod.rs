@@ -14,7 +14,7 @@ mod worker;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 use args::{Arguments, Command};
 use output::Output;
@@ -29,6 +29,11 @@ impl Context {
     fn runtime(&self) -> anyhow::Result<crate::host::RuntimeDir> {
         Ok(crate::host::RuntimeDir::at(&self.runtime_dir)?)
     }
+}
+
+/// Returns the parser of the command's arguments, for its man pages and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 /// Parses the process's arguments, does what they say, and returns the exit status.

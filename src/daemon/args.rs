@@ -11,7 +11,7 @@ use crate::host::RuntimeDir;
 
 /// Runs domains for libvirt's clients: virsh -c livepoint:///system.
 #[derive(Debug, Parser)]
-#[command(name = "livepointd", version, about, long_about = None)]
+#[command(name = "livepointd", version)]
 pub(super) struct Arguments {
     /// Directory of definitions [default: /etc/livepoint, or the user's own].
     #[arg(long, value_name = "DIR")]

@@ -30,7 +30,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::host::TerminationSignals;
 use crate::rpc::{Clients, serve};
@@ -41,6 +41,11 @@ use worker::Launcher;
 
 /// How often the daemon looks whether it has been of no use for long enough to end.
 const IDLE_POLL: Duration = Duration::from_millis(200);
+
+/// Returns the parser of the daemon's arguments, for its man page and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
 
 /// Parses the process's arguments, serves clients, and returns the exit status.
 pub fn main() -> ExitCode {
