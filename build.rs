@@ -54,10 +54,12 @@ fn write_header(path: &Path) -> Result<(), Box<dyn Error>> {
     for file in [
         "version",
         "status",
+        "log",
         "options",
         "domain",
         "machine",
         "machine_query",
+        "events",
         "job",
         "image",
         "state",
@@ -78,8 +80,8 @@ const HEADER: &str = "\
  * livepoint: virtual machines on KVM that are saved while they keep running.
  *
  * Link with -llivepoint. Every function may be called from any thread. Text is UTF-8. Threads
- * that the library starts have every signal blocked; it installs no signal handler and no
- * logger, keeps no global state but each thread's last error text, and never ends the process.
+ * that the library starts have every signal blocked; it installs no signal handler, keeps no
+ * global state but each thread's last error text and lvp_log_set()'s, and never ends the process.
  *
  * Option and result structs start with struct_size: zero the struct, set struct_size to its
  * sizeof, then call. A library newer than the header then leaves out what the caller does not

@@ -23,6 +23,8 @@ static void null_everywhere(void)
     lvp_machine *machine = NULL;
     lvp_machine_state state = 0;
     lvp_job *job = NULL;
+    lvp_events *events = NULL;
+    lvp_event event = {.struct_size = sizeof event};
     lvp_image *image = NULL;
     lvp_state *bag = NULL;
     char *text = NULL;
@@ -43,6 +45,13 @@ static void null_everywhere(void)
     REFUSED(lvp_machine_wait(NULL, 0, &state), LVP_E_INVALID);
     REFUSED(lvp_machine_xml(NULL, &text), LVP_E_INVALID);
     REFUSED(lvp_machine_inspect(NULL, &text), LVP_E_INVALID);
+    REFUSED(lvp_machine_console(NULL, 0, &fd), LVP_E_INVALID);
+    REFUSED(lvp_machine_console(NULL, 0, NULL), LVP_E_INVALID);
+    REFUSED(lvp_machine_events(NULL, NULL, NULL, &events), LVP_E_INVALID);
+    REFUSED(lvp_machine_events(NULL, NULL, NULL, NULL), LVP_E_INVALID);
+    REFUSED(lvp_events_next(NULL, 0, &event), LVP_E_INVALID);
+    EXPECT(lvp_events_fd(NULL) == -1);
+    REFUSED(lvp_log_set(NULL, NULL, 5), LVP_E_INVALID);
     REFUSED(lvp_machine_checkpoint(NULL, "x", NULL, &job), LVP_E_INVALID);
     REFUSED(lvp_job_wait(NULL, 0), LVP_E_INVALID);
     REFUSED(lvp_job_cancel(NULL), LVP_E_INVALID);
@@ -50,7 +59,7 @@ static void null_everywhere(void)
     REFUSED(lvp_job_statistics(NULL, NULL), LVP_E_INVALID);
     REFUSED(lvp_job_inspect(NULL, &text), LVP_E_INVALID);
     REFUSED(lvp_job_image(NULL, &lent), LVP_E_INVALID);
-    EXPECT(lvp_job_fd(NULL) == -1 && lvp_job_error(NULL) == NULL);
+    EXPECT(lvp_job_fd(NULL) == -1 && lvp_job_error(NULL) == NULL && lvp_job_number(NULL) == 0);
     REFUSED(lvp_guest_new(NULL, NULL, NULL), LVP_E_INVALID);
     REFUSED(lvp_guest_add_region(NULL, NULL), LVP_E_INVALID);
     REFUSED(lvp_guest_remove_region(NULL, 0), LVP_E_INVALID);
@@ -83,12 +92,13 @@ static void null_everywhere(void)
     REFUSED(lvp_domain_check(NULL, &text, NULL), LVP_E_INVALID);
     lvp_machine_free(NULL);
     lvp_job_free(NULL);
+    lvp_events_free(NULL);
     lvp_guest_free(NULL);
     lvp_image_free(NULL);
     lvp_state_free(NULL);
     lvp_string_free(NULL);
     /* Nothing was written: out-parameters are, on success alone. */
-    EXPECT(!machine && !state && !job && !image && !bag && !text && !lent && word == 0);
+    EXPECT(!machine && !state && !job && !events && !event.kind && !image && !bag && !text && !lent && word == 0);
 }
 
 static const char minimal[] =
@@ -115,7 +125,7 @@ static void domains(const char *dir)
 
     lvp_machine_options options = {.struct_size = sizeof options, .runtime_dir = dir};
     lvp_machine *machine = NULL;
-    for (size_t size = 0; size < sizeof options; size++) {
+    for (size_t size = 0; size < 16; size++) { /* smaller than in the first release */
         options.struct_size = size;
         REFUSED(lvp_machine_new(minimal, &options, &machine), LVP_E_INVALID);
     }
@@ -127,6 +137,19 @@ static void domains(const char *dir)
     CHECK(lvp_machine_get_state(machine, &state));
     EXPECT(state == LVP_MACHINE_CREATED);
     REFUSED(lvp_machine_get_state(machine, NULL), LVP_E_INVALID);
+    /* Events can be watched from the beginning on, and outlive the machine. */
+    lvp_events *events = NULL;
+    lvp_event event = {.struct_size = sizeof event};
+    CHECK(lvp_machine_events(machine, NULL, NULL, &events));
+    EXPECT(lvp_events_fd(events) >= 0);
+    REFUSED(lvp_events_next(events, 0, NULL), LVP_E_INVALID);
+    event.struct_size = 39;
+    REFUSED(lvp_events_next(events, 0, &event), LVP_E_INVALID);
+    event.struct_size = sizeof event;
+    REFUSED(lvp_events_next(events, 0, &event), LVP_E_TIMEOUT);
+    int fd = -1;
+    REFUSED(lvp_machine_console(machine, 0, &fd), LVP_E_STATE);
+    EXPECT(fd == -1);
     lvp_job *job = NULL;
     REFUSED(lvp_machine_pause(machine), LVP_E_STATE);
     REFUSED(lvp_machine_resume(machine), LVP_E_STATE);
@@ -158,6 +181,8 @@ static void domains(const char *dir)
     lvp_string_free(text);
     EXPECT(job == NULL);
     lvp_machine_free(machine);
+    REFUSED(lvp_events_next(events, -1, &event), LVP_E_NOT_FOUND);
+    lvp_events_free(events);
 }
 
 static void states(void)

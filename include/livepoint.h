@@ -2,8 +2,8 @@
  * livepoint: virtual machines on KVM that are saved while they keep running.
  *
  * Link with -llivepoint. Every function may be called from any thread. Text is UTF-8. Threads
- * that the library starts have every signal blocked; it installs no signal handler and no
- * logger, keeps no global state but each thread's last error text, and never ends the process.
+ * that the library starts have every signal blocked; it installs no signal handler, keeps no
+ * global state but each thread's last error text and lvp_log_set()'s, and never ends the process.
  *
  * Option and result structs start with struct_size: zero the struct, set struct_size to its
  * sizeof, then call. A library newer than the header then leaves out what the caller does not
@@ -34,9 +34,21 @@
 #define LVP_XML_ELEMENT_SIZE 64
 
 /**
+ * Room for an event's text, with the zero byte that ends it.
+ */
+#define LVP_EVENT_TEXT_SIZE 256
+
+/**
  * Longest name of a section, with the zero byte that ends it and room up to a multiple of 8.
  */
 #define LVP_SECTION_KIND_SIZE 72
+
+/**
+ * The events of a machine from some moment on. Opaque; made by lvp_machine_events(), released by
+ * lvp_events_free(). Every function may be called from any thread at any time, but none after or
+ * while the handle is freed.
+ */
+typedef struct lvp_events lvp_events;
 
 /**
  * A VM on KVM that the caller made and runs, registered for live checkpoints. Opaque; made by
@@ -80,6 +92,22 @@ typedef struct lvp_state lvp_state;
 typedef int32_t lvp_status;
 
 /**
+ * How important a message is: the lower, the more.
+ */
+typedef uint32_t lvp_log_level;
+
+/**
+ * Receives a message: `target` is the part of the library that says it, `message` is one line of
+ * English. Both are the library's and valid during the call. Called from any thread, several at a
+ * time, also while the library holds locks of its own: must not call the library but for
+ * lvp_version(), and must not unwind or longjmp() out.
+ */
+typedef void (*lvp_log_callback)(void *user_data,
+                                 lvp_log_level level,
+                                 const char *target,
+                                 const char *message);
+
+/**
  * A place in a document. Set struct_size before the call.
  *
  * Since: 0.1
@@ -118,6 +146,17 @@ typedef struct {
    * default, which the livepoint command uses too. Borrowed for the call.
    */
   const char *runtime_dir;
+  /**
+   * Connected stream sockets, as of socketpair(2), at which the first serial ports are served
+   * in place of what the domain XML says of them: from the guest's first byte on, and over
+   * restarts. Duplicated; the caller keeps its own. Output that is not read is lost after 64 KiB
+   * and 100 ms. NULL: none. Borrowed for the call.
+   */
+  const int *console_fds;
+  /**
+   * How many; at most as many as the machine has serial ports.
+   */
+  size_t console_count;
 } lvp_machine_options;
 
 /**
@@ -206,6 +245,65 @@ typedef struct {
    */
   const char *spare;
 } lvp_checkpoint_options;
+
+/**
+ * What has happened. A program must expect values that it does not know.
+ */
+typedef uint32_t lvp_event_kind;
+
+/**
+ * In which way a machine has ended. A program must expect values that it does not know.
+ */
+typedef uint32_t lvp_end_reason;
+
+/**
+ * Something that has happened to a machine. Set struct_size before lvp_events_next(). A later
+ * version of the library may have more members than the header that a callback was compiled with.
+ *
+ * Since: 0.1
+ */
+typedef struct {
+  /**
+   * sizeof(lvp_event), as the caller was compiled.
+   */
+  size_t struct_size;
+  /**
+   * Counts what happened to the machine, from 1. A gap is what the reader was too slow for.
+   */
+  uint64_t number;
+  /**
+   * An LVP_EVENT_ value.
+   */
+  lvp_event_kind kind;
+  /**
+   * What the machine was doing from then on: an LVP_MACHINE_ value.
+   */
+  lvp_machine_state state;
+  /**
+   * LVP_EVENT_ENDED: an LVP_END_ value; else LVP_END_NONE.
+   */
+  lvp_end_reason reason;
+  /**
+   * LVP_EVENT_CHECKPOINT_ENDED: how, as lvp_job_wait() tells it; else LVP_OK.
+   */
+  lvp_status status;
+  /**
+   * Events of a checkpoint: lvp_job_number() of its job; else 0.
+   */
+  uint64_t job;
+  /**
+   * The reason or the error in English, ended by a zero byte; empty where there is none. Cut
+   * where it is longer.
+   */
+  char text[LVP_EVENT_TEXT_SIZE];
+} lvp_event;
+
+/**
+ * Called for each event, in their order, by one thread of the library's, which has every signal
+ * blocked. `event` is the library's and valid during the call. May call every function, also
+ * lvp_events_free() for these very events; must not unwind or longjmp() out.
+ */
+typedef void (*lvp_event_callback)(void *user_data, const lvp_event *event);
 
 /**
  * How far a job is. Set struct_size before the call.
@@ -577,6 +675,31 @@ typedef int32_t lvp_gate;
 #define LVP_E_INTERNAL -90
 
 /**
+ * Nothing at all.
+ */
+#define LVP_LOG_NONE 0
+
+/**
+ * Something failed that no call could report.
+ */
+#define LVP_LOG_ERROR 1
+
+/**
+ * Something is not as it should be.
+ */
+#define LVP_LOG_WARNING 2
+
+/**
+ * Something that a user may want to know.
+ */
+#define LVP_LOG_INFO 3
+
+/**
+ * What helps to find a bug.
+ */
+#define LVP_LOG_DEBUG 4
+
+/**
  * The default: LVP_PROTOCOL_THREADED.
  */
 #define LVP_PROTOCOL_DEFAULT 0
@@ -652,6 +775,71 @@ typedef int32_t lvp_gate;
 #define LVP_MACHINE_CRASHED 5
 
 /**
+ * The machine was started; its state tells whether it waits for lvp_machine_resume().
+ */
+#define LVP_EVENT_STARTED 1
+
+/**
+ * lvp_machine_pause() has stopped it. A checkpoint's own pause is no event.
+ */
+#define LVP_EVENT_PAUSED 2
+
+/**
+ * lvp_machine_resume() lets it go on.
+ */
+#define LVP_EVENT_RESUMED 3
+
+/**
+ * It starts over: by lvp_machine_reset(), or because the guest asked for it.
+ */
+#define LVP_EVENT_RESET 4
+
+/**
+ * It has ended; `reason` says in which way.
+ */
+#define LVP_EVENT_ENDED 5
+
+/**
+ * A checkpoint has begun; `job` is its number.
+ */
+#define LVP_EVENT_CHECKPOINT_STARTED 6
+
+/**
+ * A checkpoint has ended; `status` is LVP_OK where its image is whole.
+ */
+#define LVP_EVENT_CHECKPOINT_ENDED 7
+
+/**
+ * It has not.
+ */
+#define LVP_END_NONE 0
+
+/**
+ * The guest powered off.
+ */
+#define LVP_END_POWERED_OFF 1
+
+/**
+ * The guest reset itself, and its domain XML has it end then.
+ */
+#define LVP_END_RESET 2
+
+/**
+ * lvp_machine_destroy() or lvp_machine_free() ended it.
+ */
+#define LVP_END_DESTROYED 3
+
+/**
+ * The guest crashed.
+ */
+#define LVP_END_CRASHED 4
+
+/**
+ * The machine itself could not go on.
+ */
+#define LVP_END_FAILED 5
+
+/**
  * They go on where they stopped.
  */
 #define LVP_CLOCK_CONTINUE 0
@@ -705,6 +893,24 @@ const char *lvp_version_string(void);
  * Since: 0.1
  */
 const char *lvp_error_message(void);
+
+/**
+ * Says where the library's messages go. Without this call they go nowhere.
+ *
+ * This is the one setting that the whole process shares, not a handle: some messages belong to no
+ * handle. It is this library's alone: no other library's logger is touched.
+ *
+ * @param callback   receives the messages; NULL: they go nowhere again
+ * @param user_data  handed to the callback; not looked at
+ * @param level      the least important ones that are wanted: an LVP_LOG_ value
+ *
+ * Returns LVP_OK, and the callback that was set before is called no more; LVP_E_INVALID;
+ * LVP_E_STATE (called from the callback, or the library is part of a Rust program that has a
+ * logger). Blocks while calls of the former callback are under way. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_log_set(lvp_log_callback callback, void *user_data, lvp_log_level level);
 
 /**
  * Checks domain XML without a machine, and returns it in its canonical form: what
@@ -913,6 +1119,78 @@ lvp_status lvp_machine_xml(const lvp_machine *machine, char **xml_out);
 lvp_status lvp_machine_inspect(const lvp_machine *machine, char **json_out);
 
 /**
+ * Opens a serial console of a machine that runs, for reading and writing: its terminal
+ * (`<serial type='pty'>`), or a connection to its socket (`<serial type='unix'>`).
+ *
+ * What the guest wrote while nobody had the console open is gone; console_fds of
+ * lvp_machine_options miss nothing.
+ *
+ * @param number  of the serial port, from 0
+ * @param fd_out  receives a descriptor, blocking and with FD_CLOEXEC set, which the caller closes
+ *
+ * Returns LVP_OK; LVP_E_INVALID, LVP_E_STATE (it was never started), LVP_E_NOT_FOUND (no such
+ * console, or the machine has ended), LVP_E_UNSUPPORTED (it goes elsewhere), LVP_E_IO. Does not
+ * block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_console(lvp_machine *machine, uint32_t number, int *fd_out);
+
+/**
+ * Watches a machine: its starts, pauses, resets and end, also over restarts, and its checkpoints.
+ *
+ * @param callback    called for each event; or NULL: take events by lvp_events_next() then, and
+ *                    poll lvp_events_fd()
+ * @param user_data   handed to the callback; not looked at
+ * @param events_out  receives the events; release them with lvp_events_free()
+ *
+ * Events that are not taken are kept, 1024 at most: then the oldest is lost.
+ *
+ * Returns LVP_OK; LVP_E_INVALID; LVP_E_HOST (no descriptor or no thread is to be had). Does not
+ * block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_events(lvp_machine *machine,
+                              lvp_event_callback callback,
+                              void *user_data,
+                              lvp_events **events_out);
+
+/**
+ * Returns a descriptor that is readable while an event waits, and when none will come any more,
+ * for poll(2) and the like.
+ *
+ * Owned by the events: do not read, write or close it; it is closed by lvp_events_free(). Returns
+ * -1 when `events` is NULL, or has a callback. Does not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+int lvp_events_fd(const lvp_events *events);
+
+/**
+ * Takes the next event.
+ *
+ * @param timeout_ms  most milliseconds to wait for one; 0: only look; negative: for ever
+ * @param event_out   receives the event; set event_out->struct_size first
+ *
+ * Returns LVP_OK; LVP_E_TIMEOUT (none came); LVP_E_NOT_FOUND (none will come: the machine was
+ * freed); LVP_E_STATE (the events go to a callback); LVP_E_INVALID. Each event is taken once, also
+ * where several threads ask. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_events_next(lvp_events *events, int64_t timeout_ms, lvp_event *event_out);
+
+/**
+ * Releases events. NULL is ignored. On return the callback is called no more: blocks while a call
+ * of it is under way, unless this is called from the callback itself. No other call on this
+ * handle may run or follow. The machine may have been freed before.
+ *
+ * Since: 0.1
+ */
+void lvp_events_free(lvp_events *events);
+
+/**
  * Returns a descriptor that becomes readable when the job has ended, for poll(2) and the like.
  *
  * Owned by the job: do not read, write or close it; it is closed by lvp_job_free(). Returns -1
@@ -921,6 +1199,14 @@ lvp_status lvp_machine_inspect(const lvp_machine *machine, char **json_out);
  * Since: 0.1
  */
 int lvp_job_fd(const lvp_job *job);
+
+/**
+ * Returns the job's number among those of its machine or guest, from 1: the one that events have.
+ * Returns 0 when `job` is NULL. Does not block. Thread-safe.
+ *
+ * Since: 0.1
+ */
+uint64_t lvp_job_number(const lvp_job *job);
 
 /**
  * Waits until the job has ended and tells how.

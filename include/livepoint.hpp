@@ -42,6 +42,7 @@ namespace detail {
 struct deleter {
     void operator()(lvp_machine *handle) const noexcept { lvp_machine_free(handle); }
     void operator()(lvp_job *handle) const noexcept { lvp_job_free(handle); }
+    void operator()(lvp_events *handle) const noexcept { lvp_events_free(handle); }
     void operator()(lvp_image *handle) const noexcept { lvp_image_free(handle); }
     void operator()(lvp_state *handle) const noexcept { lvp_state_free(handle); }
     void operator()(lvp_guest *handle) const noexcept { lvp_guest_free(handle); }
@@ -97,10 +98,33 @@ public:
         check(lvp_job_statistics(handle_.get(), &value));
         return value;
     }
+    /// The number that events have.
+    std::uint64_t number() const noexcept { return lvp_job_number(handle_.get()); }
     lvp_job *get() const noexcept { return handle_.get(); }
 
 private:
     detail::owned<lvp_job> handle_;
+};
+
+/// What happens to a machine from some moment on.
+class events {
+public:
+    explicit events(lvp_events *handle) noexcept : handle_(handle) {}
+    /// Readable while an event waits, for poll(2).
+    int fd() const noexcept { return lvp_events_fd(handle_.get()); }
+    /// Takes the next event; false where none came within `timeout_ms`, or none will.
+    bool next(lvp_event &event, std::int64_t timeout_ms = -1)
+    {
+        event = detail::sized<lvp_event>();
+        lvp_status status = lvp_events_next(handle_.get(), timeout_ms, &event);
+        if (status == LVP_E_TIMEOUT || status == LVP_E_NOT_FOUND)
+            return false;
+        check(status);
+        return true;
+    }
+
+private:
+    detail::owned<lvp_events> handle_;
 };
 
 /// A virtual machine of this library's.
@@ -149,6 +173,19 @@ public:
         lvp_job *handle = nullptr;
         check(lvp_machine_checkpoint(handle_.get(), out.c_str(), &options, &handle));
         return job(handle);
+    }
+    livepoint::events events()
+    {
+        lvp_events *handle = nullptr;
+        check(lvp_machine_events(handle_.get(), nullptr, nullptr, &handle));
+        return livepoint::events(handle);
+    }
+    /// Opens a serial console; the caller closes the descriptor.
+    int console(unsigned number = 0)
+    {
+        int fd = -1;
+        check(lvp_machine_console(handle_.get(), number, &fd));
+        return fd;
     }
     /// Name, state, memory and more, as JSON.
     std::string inspect() const

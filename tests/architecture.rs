@@ -39,6 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "restore",
             "state",
             "store",
+            "sync",
             "sys",
         ],
     ),

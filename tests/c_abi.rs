@@ -34,20 +34,23 @@ fn domain(dir: &Path, repeat: u32) -> PathBuf {
 /// checkpoint by a library that is not optimised takes seconds.
 const LONG_ENOUGH: u32 = if cfg!(debug_assertions) { 2000 } else { 600 };
 
+/// Returns the command that runs `program` by a wrapper, if there is one.
+fn under(wrapper: &[&str], program: &Path) -> Command {
+    let Some((first, rest)) = wrapper.split_first() else {
+        return Command::new(program);
+    };
+    let mut command = Command::new(first);
+    command.args(rest).arg(program);
+    command
+}
+
 /// Runs the story and checks that each of its two restored guests verified its result.
 fn story(wrapper: &[&str], repeat: u32) {
     let dir = tempfile::tempdir().unwrap();
     let source = "ffi-tests/story.c";
     let program = compile(dir.path(), source, &["-D_POSIX_C_SOURCE=200809L"]);
     let xml = domain(dir.path(), repeat);
-    let mut command = match wrapper.split_first() {
-        Some((first, rest)) => {
-            let mut command = Command::new(first);
-            command.args(rest).arg(&program);
-            command
-        }
-        None => Command::new(&program),
-    };
+    let mut command = under(wrapper, &program);
     let output = run(command
         .arg(&xml)
         .arg(dir.path())
@@ -78,6 +81,33 @@ fn valgrind_finds_no_error_and_no_leak_in_the_story() {
     let known = known();
     let wrapper: Vec<_> = MEMCHECK.into_iter().chain([&*known]).collect();
     story(&wrapper, LONG_ENOUGH);
+}
+
+/// Runs the machine whose console and events a C program has.
+fn machine(wrapper: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "ffi-tests/machine.c", &[]);
+    let mut command = under(wrapper, &program);
+    let output = run(command.arg(guest_file(dir.path(), "echo")).arg(dir.path()));
+    let said = String::from_utf8_lossy(&output.stdout);
+    print!("{said}");
+    assert!(said.ends_with("machine: done\n"), "{said}");
+}
+
+#[test]
+fn a_machine_has_its_console_and_its_events_by_descriptor_and_by_callback() {
+    if have_kvm() {
+        machine(&[]);
+    }
+}
+
+#[test]
+fn valgrind_finds_no_error_and_no_leak_in_a_machine_with_watchers() {
+    if have_kvm() {
+        let known = known();
+        let wrapper: Vec<_> = MEMCHECK.into_iter().chain([&*known]).collect();
+        machine(&wrapper);
+    }
 }
 
 /// A whole image of a guest, made by an older build.
@@ -123,6 +153,7 @@ fn every_exported_function_is_called_by_a_c_program() {
     let sources = [
         "ffi-tests/every.c",
         "ffi-tests/foreign.c",
+        "ffi-tests/machine.c",
         "ffi-tests/story.c",
         "examples/c/own_vmm.c",
     ];

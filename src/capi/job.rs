@@ -114,6 +114,24 @@ pub unsafe extern "C" fn lvp_job_fd(job: *const lvp_job) -> c_int {
     fd
 }
 
+/// Returns the job's number among those of its machine or guest, from 1: the one that events have.
+/// Returns 0 when `job` is NULL. Does not block. Thread-safe.
+///
+/// Since: 0.1
+///
+/// # Safety
+/// `job` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lvp_job_number(job: *const lvp_job) -> u64 {
+    let mut number = 0;
+    let _status = guard(|| {
+        // SAFETY: the caller's contract.
+        number = unsafe { handle(job, "job") }?.job.id();
+        Ok(())
+    });
+    number
+}
+
 /// Waits until the job has ended and tells how.
 ///
 /// @param timeout_ms  most milliseconds to wait; 0: only look; negative: for ever

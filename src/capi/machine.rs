@@ -32,7 +32,7 @@ pub const LVP_MACHINE_SHUTOFF: lvp_machine_state = 4;
 /// It has ended by a fault of the guest that nothing handled.
 pub const LVP_MACHINE_CRASHED: lvp_machine_state = 5;
 
-fn state_number(state: MachineState) -> lvp_machine_state {
+pub(super) fn state_number(state: MachineState) -> lvp_machine_state {
     match state {
         MachineState::Created => LVP_MACHINE_CREATED,
         MachineState::Running => LVP_MACHINE_RUNNING,
@@ -123,7 +123,10 @@ unsafe fn domain_options(options: *const lvp_machine_options) -> Result<DomainOp
     // SAFETY: by the function's contract.
     let path = unsafe { options.runtime_path() }?;
     let runtime = path.map_or_else(RuntimeDir::of_this_user, RuntimeDir::at)?;
-    Ok(DomainOptions::new(runtime))
+    let mut known = DomainOptions::new(runtime);
+    // SAFETY: by the function's contract.
+    known.consoles = unsafe { options.consoles() }?;
+    Ok(known)
 }
 
 /// Builds the machine and lets its vCPUs run. After lvp_machine_restore() they go on where the

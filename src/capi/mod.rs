@@ -1,8 +1,9 @@
 //! The C ABI; `include/livepoint.h` is generated from here by cbindgen.
 //!
 //! Rules: opaque handles; out-parameters are written only on success; every option struct starts
-//! with `struct_size`; no panic crosses; nothing global is installed (no logger, no handler, no
-//! environment variable is read); threads that the library starts have every signal blocked.
+//! with `struct_size`; no panic crosses; nothing global is installed (no handler, no environment
+//! variable is read; a logger only by lvp_log_set()); threads that the library starts have every
+//! signal blocked.
 #![expect(
     unsafe_code,
     reason = "C hands us raw pointers, whose contracts the header states"
@@ -11,10 +12,12 @@
 
 mod callbacks;
 mod domain;
+mod events;
 mod guest;
 mod guest_vcpu;
 mod image;
 mod job;
+mod log;
 mod machine;
 mod machine_query;
 mod options;
@@ -25,10 +28,12 @@ mod version;
 
 pub use callbacks::*;
 pub use domain::*;
+pub use events::*;
 pub use guest::*;
 pub use guest_vcpu::*;
 pub use image::*;
 pub use job::*;
+pub use log::*;
 pub use machine::*;
 pub use machine_query::*;
 pub use options::*;

@@ -1,14 +1,17 @@
 //! Option structs: extensible by `struct_size`.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::mem::size_of;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::ptr;
 use std::slice;
+use std::sync::Arc;
 
+use super::state::fd_argument;
 use super::status::Failure;
-use super::str_argument;
-use crate::host::{CheckpointRequest, Codec, Protocol, ThreadCount};
+use super::{slice_argument, str_argument};
+use crate::host::{CheckpointRequest, Codec, Protocol, ThreadCount, duplicate_descriptor};
 
 /// Longest options struct that a caller may pass: far beyond any this library will have, so that
 /// an uninitialised size is refused rather than read.
@@ -245,18 +248,42 @@ pub struct lvp_machine_options {
     /// Directory of the locks that keep two processes from running one machine; NULL: the
     /// default, which the livepoint command uses too. Borrowed for the call.
     pub runtime_dir: *const c_char,
+    /// Connected stream sockets, as of socketpair(2), at which the first serial ports are served
+    /// in place of what the domain XML says of them: from the guest's first byte on, and over
+    /// restarts. Duplicated; the caller keeps its own. Output that is not read is lost after 64 KiB
+    /// and 100 ms. NULL: none. Borrowed for the call.
+    pub console_fds: *const c_int,
+    /// How many; at most as many as the machine has serial ports.
+    pub console_count: usize,
 }
 
-// SAFETY: `repr(C)`, an integer and a pointer; `struct_size` is first; no padding.
+// SAFETY: `repr(C)`, integers and pointers of 8 bytes each; `struct_size` is first; no padding.
 unsafe impl Options for lvp_machine_options {
     const SIZE_FIRST: usize = 16;
     const DEFAULT: Self = Self {
         struct_size: size_of::<Self>(),
         runtime_dir: ptr::null(),
+        console_fds: ptr::null(),
+        console_count: 0,
     };
 }
 
 impl lvp_machine_options {
+    /// Returns copies of the sockets for the consoles.
+    ///
+    /// # Safety
+    /// `console_fds` is null or has `console_count` members.
+    pub(super) unsafe fn consoles(&self) -> Result<Vec<Arc<OwnedFd>>, Failure> {
+        // SAFETY: by the function's contract.
+        let fds = unsafe { slice_argument(self.console_fds, self.console_count, "console_fds") }?;
+        let copies = fds.iter().map(|&fd| {
+            // SAFETY: by the function's contract.
+            let fd = unsafe { fd_argument(fd, "a member of console_fds") }?;
+            Ok(Arc::new(duplicate_descriptor(fd)?))
+        });
+        copies.collect()
+    }
+
     /// Returns the runtime directory asked for.
     ///
     /// # Safety

@@ -12,15 +12,11 @@ pub(super) trait SizedOut: Copy {
     fn set_size(&mut self, size: usize);
 }
 
-/// Fills as much of the caller's struct as it has; what it has more is left alone.
+/// Checks what [`fill`] would, before anything is done that cannot be undone.
 ///
 /// # Safety
-/// `out` is null or points to `out->struct_size` readable and writable bytes.
-pub(super) unsafe fn fill<T: SizedOut>(
-    out: *mut T,
-    mut value: T,
-    name: &str,
-) -> Result<(), Failure> {
+/// `out` is null or points to `out->struct_size` readable bytes.
+pub(super) unsafe fn check_size<T: SizedOut>(out: *const T, name: &str) -> Result<usize, Failure> {
     if out.is_null() {
         return Err(Failure::invalid(format!("{name} is NULL")));
     }
@@ -31,6 +27,20 @@ pub(super) unsafe fn fill<T: SizedOut>(
             "{name}->struct_size is {size}: set it to sizeof the struct before the call"
         )));
     }
+    Ok(size)
+}
+
+/// Fills as much of the caller's struct as it has; what it has more is left alone.
+///
+/// # Safety
+/// `out` is null or points to `out->struct_size` readable and writable bytes.
+pub(super) unsafe fn fill<T: SizedOut>(
+    out: *mut T,
+    mut value: T,
+    name: &str,
+) -> Result<(), Failure> {
+    // SAFETY: by the contract.
+    let size = unsafe { check_size(out, name) }?;
     value.set_size(size);
     let shared = size.min(size_of::<T>());
     // SAFETY: `shared` bytes are ours to read, and the caller's to write by the contract.

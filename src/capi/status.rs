@@ -70,6 +70,13 @@ impl Failure {
         }
     }
 
+    pub fn state(message: impl Into<String>) -> Self {
+        Self {
+            status: LVP_E_STATE,
+            message: message.into(),
+        }
+    }
+
     pub fn not_found(message: impl Into<String>) -> Self {
         Self {
             status: LVP_E_NOT_FOUND,
@@ -102,7 +109,7 @@ impl From<HostError> for Failure {
     }
 }
 
-fn status_of(code: ErrorCode) -> lvp_status {
+pub(super) fn status_of(code: ErrorCode) -> lvp_status {
     match code {
         ErrorCode::Invalid => LVP_E_INVALID,
         ErrorCode::Unsupported => LVP_E_UNSUPPORTED,

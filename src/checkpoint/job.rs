@@ -68,8 +68,12 @@ pub(crate) struct JobShared {
     event: OwnedFd,
 }
 
+/// What is done once when a checkpoint has ended, with its error.
+type EndListener = Box<dyn FnOnce(Option<CheckpointError>) + Send>;
+
 struct State {
     phase: Phase,
+    listeners: Vec<EndListener>,
     outcome: Option<Result<Report, CheckpointError>>,
     /// Taken by whoever waits first after the session said that it is about to end.
     session: Option<JoinHandle<()>>,
@@ -138,6 +142,19 @@ impl Job {
         finished(state).expect("waited for it")
     }
 
+    /// Has `listener` called with the error, if any, when the checkpoint has ended: by the thread
+    /// that ends it, or at once where it has. It must neither block nor wait for this job.
+    pub fn when_ended(&self, listener: impl FnOnce(Option<CheckpointError>) + Send + 'static) {
+        let mut state = self.shared.lock();
+        let Some(outcome) = &state.outcome else {
+            state.listeners.push(Box::new(listener));
+            return;
+        };
+        let error = outcome.as_ref().err().cloned();
+        drop(state);
+        listener(error);
+    }
+
     /// Waits for the end, but no longer than `timeout`; `None` where it has not come by then.
     pub fn wait_timeout(&self, timeout: Duration) -> Option<Result<Report, CheckpointError>> {
         let state = self.shared.lock();
@@ -183,6 +200,7 @@ impl JobShared {
             memory_bytes,
             state: Mutex::new(State {
                 phase: Phase::Starting,
+                listeners: Vec::new(),
                 outcome: None,
                 session: None,
                 session_ends: false,
@@ -235,11 +253,16 @@ impl JobShared {
             .phase
             .transition(last)
             .expect("only the commit ends in success, and nothing ends twice");
+        let error = outcome.as_ref().err().cloned();
         state.outcome = Some(outcome);
+        let listeners = std::mem::take(&mut state.listeners);
         drop(state);
         self.changed.notify_all();
         if let Err(error) = rustix::io::write(&self.event, &1_u64.to_ne_bytes()) {
             log::error!("could not signal the end of a checkpoint: {error}");
+        }
+        for listener in listeners {
+            listener(error.clone());
         }
     }
 
@@ -276,8 +299,21 @@ mod tests {
         };
         assert!(!readable());
         assert!(job.wait_timeout(Duration::ZERO).is_none());
+        let told = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let tell = |number: u64| {
+            let told = told.clone();
+            move |error: Option<CheckpointError>| {
+                assert!(matches!(error, Some(CheckpointError::Busy)));
+                told.fetch_add(number, Ordering::Relaxed);
+            }
+        };
+        job.when_ended(tell(1));
+        assert_eq!(told.load(Ordering::Relaxed), 0);
         job.shared.finish(Err(CheckpointError::Busy), false);
         job.shared.finish(Err(CheckpointError::Cancelled), true);
+        assert_eq!(told.load(Ordering::Relaxed), 1, "told once");
+        job.when_ended(tell(10));
+        assert_eq!(told.load(Ordering::Relaxed), 11, "and a late one at once");
         assert!(readable());
         assert!(matches!(job.wait(), Err(CheckpointError::Busy)));
         assert_eq!(job.progress().phase, Phase::Failed);

@@ -1,6 +1,7 @@
 //! A domain in this process: its definition, its machine, its checkpoints.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,9 +20,10 @@ use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
 use crate::host::lazy;
+use crate::host::watch::Watchers;
 use crate::host::{
-    CheckpointRequest, DomainEvents, EndReason, FinalState, HostError, Image, Job, MachineState,
-    RuntimeDir, machine_facts,
+    CheckpointRequest, DomainEvents, EndReason, FinalState, Happening, HostError, Image, Job,
+    MachineState, RuntimeDir, Watch, machine_facts,
 };
 use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
@@ -54,6 +56,9 @@ pub struct DomainOptions {
     pub builtin_kernels: Vec<BuiltinKernel>,
     /// The domain's number among those that run; the process's own where there is none.
     pub id: Option<u32>,
+    /// Connected stream sockets that the first serial ports are served at, in place of what the
+    /// XML says of them.
+    pub consoles: Vec<Arc<OwnedFd>>,
 }
 
 impl DomainOptions {
@@ -63,6 +68,7 @@ impl DomainOptions {
             runtime,
             builtin_kernels: Vec::new(),
             id: None,
+            consoles: Vec::new(),
         }
     }
 }
@@ -130,6 +136,7 @@ pub struct Domain {
     workspace: Workspace,
     // Of incremental checkpoints.
     chain: Chain,
+    watchers: Arc<Watchers>,
 }
 
 struct Inner {
@@ -168,7 +175,8 @@ impl Domain {
             );
         }
         // What the machine cannot do is told now rather than at the start.
-        machine_spec(&config, &options.builtin_kernels)?;
+        let mut spec = machine_spec(&config, &options.builtin_kernels)?;
+        options.attach_consoles(&mut spec)?;
         Ok(Self::new(config, options, None, None))
     }
 
@@ -197,6 +205,7 @@ impl Domain {
         // Last before the machine, which locks them: what can be refused has been.
         disks::restore(reader, &mut config, &restore.disks)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels)?;
+        options.attach_consoles(&mut spec)?;
         spec.clock.after_restore = restore.clock;
         if restore.lazy {
             let reader = Arc::new(image.into_reader());
@@ -246,9 +255,14 @@ impl Domain {
         machine: Option<Arc<Machine>>,
         locks: Option<Locks>,
     ) -> Self {
+        let watchers = Arc::new(Watchers::new());
+        if let Some(machine) = &machine {
+            watch(machine, &watchers);
+        }
         Self {
             config,
             options,
+            watchers,
             inner: Mutex::new(Inner {
                 machine,
                 locks,
@@ -296,8 +310,11 @@ impl Domain {
         let machine = match restored {
             Some(machine) => machine,
             None => {
-                let spec = machine_spec(&self.config, &self.options.builtin_kernels)?;
-                Arc::new(Machine::build(spec)?)
+                let mut spec = machine_spec(&self.config, &self.options.builtin_kernels)?;
+                self.options.attach_consoles(&mut spec)?;
+                let machine = Arc::new(Machine::build(spec)?);
+                watch(&machine, &self.watchers);
+                machine
             }
         };
         inner.machine = Some(machine.clone());
@@ -436,6 +453,15 @@ impl Domain {
         Ok(((&machine.state()).into(), events))
     }
 
+    /// Returns a watch for what happens to the domain from now on, also before its start and over
+    /// its restarts. Unlike [`Domain::events`] it tells of checkpoints too.
+    pub fn watch(&self) -> Result<Watch, HostError> {
+        self.watchers.watch().map_err(|source| HostError::Resource {
+            what: "an eventfd",
+            source,
+        })
+    }
+
     /// Returns how the machine has ended, if it has.
     pub fn final_state(&self) -> Option<FinalState> {
         let inner = self.lock();
@@ -509,6 +535,13 @@ impl Domain {
         let job = Job::new(id, started);
         // Only the last job is ever asked for again; older ones would keep their results for ever.
         inner.jobs = vec![job.clone()];
+        drop(inner);
+        self.watchers
+            .tell(None, Happening::CheckpointStarted { job: id });
+        let watchers = self.watchers.clone();
+        job.when_ended(move |failure| {
+            watchers.tell(None, Happening::CheckpointEnded { job: id, failure });
+        });
         Ok(job)
     }
 
@@ -547,7 +580,7 @@ impl Domain {
     }
 
     /// Returns the machine, which must have been started and not have ended.
-    fn machine(&self) -> Result<Arc<Machine>, HostError> {
+    pub(super) fn machine(&self) -> Result<Arc<Machine>, HostError> {
         let inner = self.lock();
         inner.machine.clone().ok_or_else(|| HostError::State {
             state: MachineState::Created.to_string(),
@@ -566,6 +599,7 @@ impl Drop for Domain {
         if let Some(machine) = self.lock().machine.take() {
             machine.destroy();
         }
+        self.watchers.end();
     }
 }
 
@@ -585,6 +619,16 @@ impl Locks {
             _name: by_name,
         })
     }
+}
+
+/// Tells the watchers what happens to a machine.
+fn watch(machine: &Machine, watchers: &Arc<Watchers>) {
+    let watchers = watchers.clone();
+    machine.listen(Box::new(move |event| {
+        let (state, what) = Happening::of(event);
+        watchers.tell(state, what);
+        true
+    }));
 }
 
 fn disks_of(machine: &Machine) -> Vec<DiskUse> {

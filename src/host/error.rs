@@ -116,6 +116,23 @@ pub enum HostError {
         /// Its number.
         job: u64,
     },
+    /// The process ran out of something.
+    #[error("could not make {what}")]
+    Resource {
+        /// What was to be made.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The domain has no serial console of this number.
+    #[error("there is no console {number}: the domain has {count}")]
+    NoConsole {
+        /// The number asked for.
+        number: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// An image has no guest memory at an address.
     #[error("the image has no memory at guest physical address {gpa:#x}")]
     NoMemoryAt {
@@ -197,9 +214,11 @@ impl HostError {
         match self {
             Self::Invalid(_) => ErrorCode::Invalid,
             Self::JobRunning { .. } => ErrorCode::Busy,
-            Self::NotRunning { .. } | Self::NoSuchJob { .. } | Self::NoMemoryAt { .. } => {
-                ErrorCode::NotFound
-            }
+            Self::NotRunning { .. }
+            | Self::NoSuchJob { .. }
+            | Self::NoConsole { .. }
+            | Self::NoMemoryAt { .. } => ErrorCode::NotFound,
+            Self::Resource { .. } => ErrorCode::Host,
             Self::Unsupported(_) => ErrorCode::Unsupported,
             Self::Path { source, .. } | Self::Connection { source } => io_code(source),
             Self::Domain { source, .. } if source.is_unsupported() => ErrorCode::Unsupported,

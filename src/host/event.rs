@@ -68,7 +68,7 @@ impl FinalState {
         }
     }
 
-    fn crashed(why: &str) -> Self {
+    pub(super) fn crashed(why: &str) -> Self {
         Self {
             ending: Ending::Crashed,
             why: why.to_owned(),

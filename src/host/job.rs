@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use crate::checkpoint;
-use crate::host::{CheckpointSummary, HostError, JobProgress};
+use crate::host::{CheckpointSummary, ErrorCode, HostError, JobProgress};
 
 /// A checkpoint of a domain, under way or done. Every method may be called from any thread.
 #[derive(Clone, Debug)]
@@ -42,6 +42,18 @@ impl Job {
     /// Waits for the end and returns what came of it; every caller gets it.
     pub fn wait(&self) -> Result<CheckpointSummary, HostError> {
         Ok(self.inner.wait()?.into())
+    }
+
+    /// Has `listener` told when the job has ended, and why there is no image if there is none; at
+    /// once where it has. It must neither block nor wait for the job.
+    pub(super) fn when_ended(
+        &self,
+        listener: impl FnOnce(Option<(ErrorCode, String)>) + Send + 'static,
+    ) {
+        self.inner.when_ended(|error| {
+            let failure = error.map(HostError::from);
+            listener(failure.map(|error| (error.code(), error.full_message())));
+        });
     }
 
     /// Waits for the end, but no longer than `timeout`; `None` where it has not come by then.

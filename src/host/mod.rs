@@ -2,6 +2,7 @@
 //!
 //! Edges (command, C ABI, daemons) see only what this module defines or re-exports.
 
+mod console;
 pub mod control;
 mod convert;
 mod disks;
@@ -14,6 +15,7 @@ mod job;
 mod lazy;
 mod request;
 mod runtime;
+mod watch;
 
 use crate::kvmstate;
 use crate::machine::{self, MachineError};
@@ -31,6 +33,7 @@ pub use crate::sys::lock::LockFile;
 pub use crate::sys::passed_fds::take as take_passed_descriptors;
 pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;
+pub use console::duplicate as duplicate_descriptor;
 pub use disks::DiskRestore;
 pub use domain::{
     BuiltinKernel, Domain, DomainChanges, DomainOptions, DomainTexts, RestoreOptions,
@@ -45,6 +48,7 @@ pub use request::{
     ThreadCount,
 };
 pub use runtime::RuntimeDir;
+pub use watch::{Happening, NOTICES_MAX, Notice, Watch, Watched};
 
 /// Fails where this host cannot run machines, and says what it lacks.
 pub fn check_host() -> Result<(), HostError> {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, TrySendError, bounded};
 
 /// Events that a subscriber has not taken yet, at most. A machine changes its state a few times
 /// in its life; a guest that resets in a loop is what fills the queue.
@@ -133,11 +133,22 @@ fn transition(state: &MachineState, event: &MachineEvent) -> Result<MachineState
 }
 
 /// The state of one machine.
-#[derive(Debug)]
 pub(super) struct Lifecycle {
     state: Mutex<MachineState>,
     changed: Condvar,
-    subscribers: Mutex<Vec<Sender<MachineEvent>>>,
+    listeners: Mutex<Vec<EventListener>>,
+}
+
+/// Told of every event, in their order; returns whether it wants to hear more. Must not block, and
+/// must not change the machine's state.
+pub type EventListener = Box<dyn Fn(&MachineEvent) -> bool + Send>;
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lifecycle")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Lifecycle {
@@ -145,7 +156,7 @@ impl Lifecycle {
         Self {
             state: Mutex::new(MachineState::Created),
             changed: Condvar::new(),
-            subscribers: Mutex::default(),
+            listeners: Mutex::default(),
         }
     }
 
@@ -162,35 +173,43 @@ impl Lifecycle {
         transition(&self.lock(), event).map(|_| ())
     }
 
-    /// Changes the state and tells the subscribers.
+    /// Changes the state and tells the listeners.
     pub(super) fn apply(&self, event: &MachineEvent) -> Result<(), WrongState> {
+        // Held over the change, so that all hear of two changes in the order in which they came.
+        let mut listeners = self.lock_listeners();
         {
             let mut state = self.lock();
             *state = transition(&state, event)?;
             self.changed.notify_all();
         }
-        let mut subscribers = self
-            .subscribers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        subscribers.retain(|subscriber| match subscriber.try_send(event.clone()) {
-            Ok(()) => true,
-            Err(TrySendError::Full(event)) => {
-                log::warn!("a subscriber takes no events; {event:?} is lost to it");
-                true
-            }
-            Err(TrySendError::Disconnected(_)) => false,
-        });
+        listeners.retain(|listener| listener(event));
         Ok(())
+    }
+
+    /// Adds a listener for what comes from now on.
+    pub(super) fn listen(&self, listener: EventListener) {
+        self.lock_listeners().push(listener);
     }
 
     pub(super) fn subscribe(&self) -> Receiver<MachineEvent> {
         let (sender, receiver) = bounded(EVENTS_MAX);
-        self.subscribers
+        self.listen(Box::new(move |event| {
+            match sender.try_send(event.clone()) {
+                Ok(()) => true,
+                Err(TrySendError::Full(event)) => {
+                    log::warn!("a subscriber takes no events; {event:?} is lost to it");
+                    true
+                }
+                Err(TrySendError::Disconnected(_)) => false,
+            }
+        }));
+        receiver
+    }
+
+    fn lock_listeners(&self) -> MutexGuard<'_, Vec<EventListener>> {
+        self.listeners
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(sender);
-        receiver
     }
 
     /// Waits until the machine has ended, or `timeout` has passed; returns the state then.

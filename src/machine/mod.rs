@@ -51,7 +51,7 @@ use virtio::DeviceError;
 use virtio::blk::{Disk, DiskError};
 
 pub use build::open_kvm;
-pub use lifecycle::{MachineEvent, MachineState, ShutoffReason, WrongState};
+pub use lifecycle::{EventListener, MachineEvent, MachineState, ShutoffReason, WrongState};
 
 /// A machine that cannot be built, or cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -378,6 +378,11 @@ impl Machine {
     /// Returns a queue of the events from now on. A full queue loses the newest.
     pub fn events(&self) -> Receiver<MachineEvent> {
         self.shared.lifecycle.subscribe()
+    }
+
+    /// Has `listener` told of the events from now on.
+    pub fn listen(&self, listener: EventListener) {
+        self.shared.lifecycle.listen(listener);
     }
 
     /// Returns the serial ports.
