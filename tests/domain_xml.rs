@@ -8,7 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use livepoint::domain::{DOCUMENT_BYTES_MAX, DomainConfig, LiveInfo, XmlView, reference, rules};
+use livepoint::domain::{
+    DOCUMENT_BYTES_MAX, DomainConfig, HostInterface, Interface, LiveInfo, XmlView, reference, rules,
+};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -72,6 +74,7 @@ fn live_form_describes_the_same_machine() {
             Some(livepoint::domain::HostPath::new("/dev/pts/9").unwrap()),
             None,
         ],
+        taps: vec![None],
     };
     for path in documents("good") {
         let xml = fs::read_to_string(&path).unwrap();
@@ -90,12 +93,52 @@ fn live_form_shows_the_pty_of_the_console() {
     let live = LiveInfo {
         id: 1,
         ptys: vec![Some(pty)],
+        ..LiveInfo::default()
     };
     let text = config.to_xml(XmlView::Live(&live));
     assert!(text.contains("<console type='pty' tty='/dev/pts/9'>"));
     assert_eq!(text.matches("<source path='/dev/pts/9'/>").count(), 2);
     assert_eq!(text.matches("<alias name='serial0'/>").count(), 2);
     assert!(!config.to_xml(XmlView::Inactive).contains("/dev/pts"));
+}
+
+#[test]
+fn live_form_shows_the_taps_that_were_made_and_a_definition_keeps_none_of_them() {
+    let xml = fs::read_to_string(root().join("tests/domain/good/interfaces.xml")).unwrap();
+    let config = DomainConfig::parse(&xml).unwrap();
+    let live = LiveInfo {
+        // In the order of their slots: the bridged one has the last.
+        taps: vec![None, None, None, HostInterface::new("vnet41").ok()],
+        ..LiveInfo::default()
+    };
+    let text = config.to_xml(XmlView::Live(&live));
+    assert!(text.contains("<target dev='vnet41'/>"), "{text}");
+    assert_eq!(DomainConfig::parse(&text).unwrap(), config);
+    assert!(!config.to_xml(XmlView::Inactive).contains("vnet"));
+}
+
+#[test]
+fn an_interface_without_an_address_has_a_random_one_that_its_definition_keeps() {
+    let xml = fs::read_to_string(root().join("tests/domain/good/interfaces.xml")).unwrap();
+    let xml = xml.replace("<mac address='52:54:00:6B:3C:58'/>", "");
+    let parse = |xml: &str| DomainConfig::parse(xml).unwrap();
+    let mac = |config: &DomainConfig| {
+        let interfaces = config.machine.devices.pci.interfaces();
+        interfaces.last().unwrap().1.mac
+    };
+    let config = parse(&xml);
+    assert_ne!(mac(&config), mac(&parse(&xml)));
+    assert_eq!(mac(&parse(&config.to_xml(XmlView::Inactive))), mac(&config));
+    let mut other = config.clone();
+    let interfaces = other.machine.devices.pci.interfaces_mut();
+    interfaces.for_each(Interface::renew);
+    assert_ne!(mac(&other), mac(&config));
+    // One that is there already is the owner's; those that are made are made anew.
+    let text = other.to_xml(XmlView::Inactive);
+    assert!(
+        text.contains("dev='guest-tap'") && !text.contains("dev='web-0'"),
+        "{text}"
+    );
 }
 
 #[test]

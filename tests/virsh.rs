@@ -516,3 +516,43 @@ fn a_disk_tells_its_size_and_what_was_asked_of_it() {
             .contains("not assigned to domain")
     );
 }
+
+#[test]
+fn an_interface_is_listed_with_its_tap_and_tells_what_passed_it() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let devices = "<interface type='ethernet'><mac address='52:54:00:ab:cd:ef'/></interface>\
+                   <console type='pty'/>";
+    let file = daemon.domain("n", "echo", 64, devices);
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    let started = daemon.virsh(&["start", "n"]);
+    let errors = String::from_utf8(started.stderr).unwrap();
+    if !started.status.success() && errors.contains("tap") {
+        common::skip("an interface under virsh", &errors);
+        return;
+    }
+    assert!(started.status.success(), "{errors}");
+    let list = daemon.ok(&["domiflist", "n"]);
+    let line = list.lines().find(|line| line.contains("52:54:00:ab:cd:ef"));
+    let tap = line.unwrap().split_whitespace().next().unwrap();
+    assert!(tap.starts_with("vnet"), "{list}");
+    for device in [tap, "52:54:00:AB:CD:EF"] {
+        let stats = daemon.ok(&["domifstat", "n", device]);
+        assert!(stats.contains("tx_packets 0"), "{stats}");
+    }
+    let all = daemon.ok(&["domstats", "n", "--interface"]);
+    assert!(
+        all.contains("net.count=1") && all.contains(&format!("net.0.name={tap}")),
+        "{all}"
+    );
+    let unknown = daemon.refused(&["domifstat", "n", "eth7"]);
+    assert!(unknown.contains("is not a known interface"), "{unknown}");
+    assert!(!daemon.ok(&["dumpxml", "--inactive", "n"]).contains("vnet"));
+    daemon.ok(&["destroy", "n"]);
+    let gone = format!("/sys/class/net/{tap}");
+    wait_for("the tap is gone", &daemon, || {
+        !std::path::Path::new(&gone).exists()
+    });
+}

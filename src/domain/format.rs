@@ -6,6 +6,7 @@ use super::clock::{ClockBasis, ClockOffset, TickPolicy};
 use super::cpu::CpuMode;
 use super::device::{SerialBackend, SerialPort};
 use super::document::Element;
+use super::interface::HostInterface;
 use super::memory::MemorySource;
 use super::rules::{is_honoured, rank};
 use super::values::{BuiltinName, HostPath, KernelSource};
@@ -18,6 +19,8 @@ pub struct LiveInfo {
     pub id: u32,
     /// Pseudo-terminal of each serial port that has one, by port.
     pub ptys: Vec<Option<HostPath>>,
+    /// Tap of each network interface that has one, in the order of their slots.
+    pub taps: Vec<Option<HostInterface>>,
 }
 
 /// Which form of a document to write.
@@ -280,7 +283,7 @@ fn clock(machine: &MachineConfig) -> Element {
 
 fn devices(machine: &MachineConfig, view: XmlView<'_>) -> Element {
     let mut devices = Element::new("devices");
-    format_pci::devices(&mut devices, &machine.devices.pci, view.live().is_some());
+    format_pci::devices(&mut devices, &machine.devices.pci, view.live());
     let pty = |index: usize| view.live()?.ptys.get(index)?.as_ref();
     for (index, port) in machine.devices.serial.iter() {
         let serial = character_device("serial", port, pty(index));

@@ -2,19 +2,28 @@
 
 use super::disk::{Disk, DiskSourceKind};
 use super::document::Element;
+use super::format::LiveInfo;
+use super::interface::{HostInterface, Interface, InterfaceSource};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
 
 /// Adds the devices to `into`; `live` adds the names that a running machine gives them.
-pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: bool) {
+pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&LiveInfo>) {
     let mut disks = 0;
+    let mut interfaces = 0;
     for (slot, device) in on_pci.iter() {
         let (mut element, name) = match &device.kind {
             PciDeviceKind::Disk(described) => {
                 disks += 1;
                 (disk(described), format!("virtio-disk{}", disks - 1))
             }
+            PciDeviceKind::Interface(described) => {
+                let number = interfaces;
+                interfaces += 1;
+                let tap = live.and_then(|live| live.taps.get(number)?.as_ref());
+                (interface(described, tap), format!("net{number}"))
+            }
         };
-        if let Some(name) = alias(device, name, live) {
+        if let Some(name) = alias(device, name, live.is_some()) {
             element.push(Element::new("alias").with("name", &name));
         }
         element.push(address(slot));
@@ -65,6 +74,35 @@ fn disk(disk: &Disk) -> Element {
     }
     if let Some(serial) = &disk.serial {
         element.push_text("serial", serial.as_str());
+    }
+    element
+}
+
+/// Writes an interface; `tap` is the one that a running machine has.
+fn interface(interface: &Interface, tap: Option<&HostInterface>) -> Element {
+    let (kind, managed) = match &interface.source {
+        InterfaceSource::Ethernet { managed } => ("ethernet", *managed),
+        InterfaceSource::Bridge(_) => ("bridge", None),
+    };
+    let mut element = Element::new("interface").with("type", kind);
+    let mac = interface.mac.to_string();
+    element.push(Element::new("mac").with("address", &mac));
+    if let InterfaceSource::Bridge(bridge) = &interface.source {
+        element.push(Element::new("source").with("bridge", bridge.as_str()));
+    }
+    let mut target = Element::new("target");
+    if let Some(name) = interface.target.as_ref().or(tap) {
+        target = target.with("dev", name.as_str());
+    }
+    if let Some(managed) = managed {
+        target = target.with("managed", if managed { "yes" } else { "no" });
+    }
+    if !target.attributes.is_empty() {
+        element.push(target);
+    }
+    element.push(Element::new("model").with("type", "virtio"));
+    if let Some(up) = interface.link_up {
+        element.push(Element::new("link").with("state", if up { "up" } else { "down" }));
     }
     element
 }

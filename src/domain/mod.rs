@@ -23,6 +23,7 @@ mod document;
 mod error;
 mod format;
 mod format_pci;
+mod interface;
 mod memory;
 mod metadata;
 mod parse;
@@ -55,6 +56,9 @@ pub use document::{
 };
 pub use error::{DomainError, Note, Place, Quote, ValueError};
 pub use format::{LiveInfo, XmlView};
+pub use interface::{
+    HostInterface, INTERFACE_NAME_BYTES_MAX, Interface, InterfaceSource, MacAddress,
+};
 pub use memory::{
     HugePageSize, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MEMORY_BYTES_MULTIPLE, MemoryConfig,
     MemorySize, MemorySource,

@@ -4,6 +4,7 @@ use super::device::SerialPorts;
 use super::disk::{Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget};
 use super::document::Element;
 use super::error::{DomainError, ValueError};
+use super::interface::{HostInterface, Interface, InterfaceSource, MacAddress};
 use super::parse::TEXT;
 use super::parse_devices::{unsigned, user_alias};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
@@ -19,6 +20,7 @@ pub(super) fn pci_devices(
     for element in &devices.children {
         let kind = match element.name.as_str() {
             "disk" => PciDeviceKind::Disk(disk(element)?),
+            "interface" => PciDeviceKind::Interface(interface(element)?),
             _ => continue,
         };
         let alias = user_alias(element)?;
@@ -127,4 +129,57 @@ fn disk_source(element: &Element) -> Result<(DiskSourceKind, HostPath), DomainEr
     };
     let path = HostPath::new(path).map_err(|error| source.refuse(what, error))?;
     Ok((kind, path))
+}
+
+fn interface(element: &Element) -> Result<Interface, DomainError> {
+    let mut interface = Interface::new(interface_source(element)?);
+    if let Some(mac) = element.child("mac") {
+        let text = mac.attribute("address").unwrap_or_default();
+        interface.mac = MacAddress::parse(text).map_err(|error| mac.refuse("address", error))?;
+    }
+    if let Some(target) = element.child("target")
+        && let Some(name) = target.attribute("dev")
+        && (interface.needs_tap() || !HostInterface::is_of_running(name))
+    {
+        let name = HostInterface::new(name).map_err(|error| target.refuse("dev", error))?;
+        interface.target = Some(name);
+    }
+    if interface.needs_tap() && interface.target.is_none() {
+        let hint = ": managed='no' is for a tap that is there already";
+        return Err(missing(
+            element.child("target").unwrap_or(element),
+            "dev",
+            hint,
+        ));
+    }
+    let link = element.child("link");
+    let state = link.and_then(|link| link.attribute("state"));
+    interface.link_up = state.map(|state| state == "up");
+    Ok(interface)
+}
+
+fn interface_source(element: &Element) -> Result<InterfaceSource, DomainError> {
+    let source = element.child("source");
+    let target = element.child("target");
+    let managed = target.and_then(|target| target.attribute("managed"));
+    if element.attribute("type") == Some("bridge") {
+        if let (Some(target), Some(_)) = (target, managed) {
+            let reason = "a tap that is put on a bridge is always made by the machine".to_owned();
+            return Err(target.conflict(reason));
+        }
+        let Some(source) = source else {
+            return Err(missing(element, "<source>", ""));
+        };
+        let Some(bridge) = source.attribute("bridge") else {
+            return Err(missing(source, "bridge", ""));
+        };
+        let bridge = HostInterface::new(bridge).map_err(|error| source.refuse("bridge", error))?;
+        return Ok(InterfaceSource::Bridge(bridge));
+    }
+    if let Some(source) = source {
+        let reason = "an interface of type ethernet has no source: its tap is the <target>";
+        return Err(source.conflict(reason.to_owned()));
+    }
+    let managed = managed.map(|managed| managed == "yes");
+    Ok(InterfaceSource::Ethernet { managed })
 }

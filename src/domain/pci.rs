@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::device::UserAlias;
 use super::disk::Disk;
 use super::error::ValueError;
+use super::interface::Interface;
 
 /// Slots that devices may have: 1 to this one. Slot 0 has the host bridge.
 pub const PCI_SLOT_MAX: u8 = 31;
@@ -41,6 +42,8 @@ impl PciSlot {
 pub enum PciDeviceKind {
     /// A disk.
     Disk(Disk),
+    /// A network interface.
+    Interface(Interface),
 }
 
 /// A device on PCI.
@@ -57,6 +60,15 @@ impl PciDevice {
     pub fn disk(&self) -> Option<&Disk> {
         match &self.kind {
             PciDeviceKind::Disk(disk) => Some(disk),
+            PciDeviceKind::Interface(_) => None,
+        }
+    }
+
+    /// Returns the network interface that it is.
+    pub fn interface(&self) -> Option<&Interface> {
+        match &self.kind {
+            PciDeviceKind::Interface(interface) => Some(interface),
+            PciDeviceKind::Disk(_) => None,
         }
     }
 }
@@ -126,8 +138,23 @@ impl PciDevices {
             .values_mut()
             .find_map(|device| match &mut device.kind {
                 PciDeviceKind::Disk(disk) if disk.target.as_str() == target => Some(disk),
-                PciDeviceKind::Disk(_) => None,
+                _ => None,
             })
+    }
+
+    /// Returns the network interfaces by slot.
+    pub fn interfaces(&self) -> impl Iterator<Item = (PciSlot, &Interface)> {
+        self.iter()
+            .filter_map(|(slot, device)| Some((slot, device.interface()?)))
+    }
+
+    /// Returns the network interfaces by slot, to be changed.
+    pub fn interfaces_mut(&mut self) -> impl Iterator<Item = &mut Interface> {
+        let devices = self.0.values_mut();
+        devices.filter_map(|device| match &mut device.kind {
+            PciDeviceKind::Interface(interface) => Some(interface),
+            PciDeviceKind::Disk(_) => None,
+        })
     }
 }
 
@@ -140,5 +167,7 @@ fn check_together(one: &PciDevice, other: &PciDevice) -> Result<(), ValueError> 
     }
     match (&one.kind, &other.kind) {
         (PciDeviceKind::Disk(one), PciDeviceKind::Disk(other)) => one.check_beside(other),
+        (PciDeviceKind::Interface(one), PciDeviceKind::Interface(other)) => one.check_beside(other),
+        _ => Ok(()),
     }
 }

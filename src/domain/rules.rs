@@ -156,6 +156,7 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         table::DOMAIN,
         table_devices::DEVICES,
         table_pci::PCI,
+        table_pci::INTERFACE,
         table_devices::REST,
         table::SECURITY,
     ];

@@ -137,3 +137,109 @@ pub(super) const PCI: &[Rule] = &[
         .only(&["off"])
         .dropped(),
 ];
+
+const NO_NETWORK: &str = "networks of libvirt, and other types, are not supported yet: \
+    put the tap on a bridge of the host";
+const TAP: &str = "a tap of the host. `vnetN` belongs to a running machine and is not kept; \
+    where there is none the machine makes a new tap at each start";
+const SET_TAP: &str = "not supported yet: set it on the host, by the tap";
+
+pub(super) const INTERFACE: &[Rule] = &[
+    Rule::honoured("domain/devices/interface", "a virtio network device")
+        .needs(&["type"])
+        .many(),
+    Rule::honoured("domain/devices/interface@type", NO_NETWORK).only(&["ethernet", "bridge"]),
+    Rule::honoured(
+        "domain/devices/interface/mac",
+        "a random one where there is none, which the canonical form has",
+    )
+    .needs(&["address"]),
+    Rule::honoured(
+        "domain/devices/interface/mac@address",
+        "`livepoint restore --new-identity` takes a new one",
+    ),
+    Rule::honoured("domain/devices/interface/source", "type bridge"),
+    Rule::honoured(
+        "domain/devices/interface/source@bridge",
+        "a bridge of the host, which the machine puts its tap on; that needs CAP_NET_ADMIN",
+    ),
+    Rule::honoured("domain/devices/interface/target", ""),
+    Rule::honoured("domain/devices/interface/target@dev", TAP),
+    Rule::honoured(
+        "domain/devices/interface/target@managed",
+        "type ethernet: with `no` the tap has to be there, and is left as it is; the machine's \
+         user must own it. Else it is made and brought up, which needs CAP_NET_ADMIN",
+    )
+    .only(&["yes", "no"]),
+    Rule::accepted(
+        "domain/devices/interface/model",
+        "network devices are virtio devices",
+    )
+    .dropped(),
+    Rule::accepted(
+        "domain/devices/interface/model@type",
+        "other models are not supported",
+    )
+    .only(&["virtio"])
+    .dropped(),
+    Rule::accepted(
+        "domain/devices/interface/driver",
+        "packets are carried by a thread of the machine's process",
+    )
+    .dropped(),
+    Rule::accepted(
+        "domain/devices/interface/driver@name",
+        "vhost is not supported yet",
+    )
+    .only(&["qemu"])
+    .dropped(),
+    Rule::refused("domain/devices/interface/driver@queues", NOT_TUNED),
+    Rule::refused("domain/devices/interface/driver@rx_queue_size", NOT_TUNED),
+    Rule::refused("domain/devices/interface/driver@tx_queue_size", NOT_TUNED),
+    Rule::honoured("domain/devices/interface/link", "").needs(&["state"]),
+    Rule::honoured(
+        "domain/devices/interface/link@state",
+        "`up` where there is none; while it is down packets of both directions are dropped",
+    )
+    .only(&["up", "down"]),
+    Rule::refused("domain/devices/interface/mtu", SET_TAP),
+    Rule::refused("domain/devices/interface/bandwidth", SET_TAP),
+    Rule::refused("domain/devices/interface/filterref", SET_TAP),
+    Rule::refused("domain/devices/interface/vlan", SET_TAP),
+    Rule::refused("domain/devices/interface/port", SET_TAP),
+    Rule::refused("domain/devices/interface/virtualport", SET_TAP),
+    Rule::refused("domain/devices/interface/coalesce", SET_TAP),
+    Rule::refused("domain/devices/interface/tune", SET_TAP),
+    Rule::refused("domain/devices/interface/guest", SET_TAP),
+    Rule::refused("domain/devices/interface/ip", SET_TAP),
+    Rule::refused("domain/devices/interface/route", SET_TAP),
+    Rule::refused(
+        "domain/devices/interface/script",
+        "no script is run: make the tap before, and write managed='no'",
+    ),
+    Rule::refused(
+        "domain/devices/interface/downscript",
+        "no script is run: make the tap before, and write managed='no'",
+    ),
+    Rule::refused("domain/devices/interface/backend", NOT_TUNED),
+    Rule::refused("domain/devices/interface/teaming", NOT_TUNED),
+    Rule::refused(
+        "domain/devices/interface/rom",
+        "the machine has no firmware",
+    ),
+    Rule::refused(
+        "domain/devices/interface/boot",
+        "the machine starts the kernel that <os> gives",
+    ),
+    Rule::honoured("domain/devices/interface/alias", "").needs(&["name"]),
+    Rule::honoured("domain/devices/interface/alias@name", ALIAS),
+    Rule::honoured("domain/devices/interface/address", "").needs(&["type"]),
+    Rule::honoured("domain/devices/interface/address@type", ONLY_PCI).only(&["pci"]),
+    Rule::honoured("domain/devices/interface/address@domain", ONLY_BUS_0),
+    Rule::honoured("domain/devices/interface/address@bus", ONLY_BUS_0),
+    Rule::honoured("domain/devices/interface/address@slot", SLOT),
+    Rule::honoured("domain/devices/interface/address@function", ONLY_BUS_0),
+    Rule::accepted("domain/devices/interface/address@multifunction", ONLY_BUS_0)
+        .only(&["off"])
+        .dropped(),
+];

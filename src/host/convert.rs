@@ -8,8 +8,8 @@ use crate::host::{BuiltinKernel, HostError};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::spec::{
     BackingSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec, EndAction,
-    FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, PciDevice, PciDeviceSpec,
-    SerialBackend, SerialSpec, Source, TopologySpec,
+    FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, NetPort, NetSpec,
+    PciDevice, PciDeviceSpec, SerialBackend, SerialSpec, Source, TopologySpec,
 };
 
 /// Mode of a console's pty: its owner reads and writes, as virsh console does.
@@ -39,15 +39,7 @@ pub(super) fn machine_spec(
             backend: backend(&serial.backend),
         })
         .collect();
-    spec.pci = machine
-        .devices
-        .pci
-        .iter()
-        .map(|(slot, device)| PciDeviceSpec {
-            slot: slot.number(),
-            device: pci_device(device),
-        })
-        .collect();
+    spec.pci = pci_devices(&machine.devices.pci);
     spec.clock = ClockSpec {
         after_restore: ClockPolicy::Continue,
         rtc_offset_seconds: rtc_offset(&machine.clock.offset)?,
@@ -322,19 +314,54 @@ fn backend(backend: &domain::SerialBackend) -> SerialBackend {
     }
 }
 
-fn pci_device(device: &domain::PciDevice) -> PciDevice {
-    match &device.kind {
-        domain::PciDeviceKind::Disk(disk) => PciDevice::Disk(DiskSpec {
-            name: disk.target.as_str().to_owned(),
-            path: disk.source.as_path().to_owned(),
-            read_only: disk.read_only,
-            serial: disk
-                .serial
-                .as_ref()
-                .map_or_else(String::new, |serial| serial.as_str().to_owned()),
-            cache: disk.cache.map_or(DiskCache::default(), disk_cache),
-            discard: disk.discard.unwrap_or(false),
-        }),
+fn pci_devices(devices: &domain::PciDevices) -> Vec<PciDeviceSpec> {
+    let mut nets = 0;
+    let mut made = Vec::new();
+    for (slot, device) in devices.iter() {
+        let device = match &device.kind {
+            domain::PciDeviceKind::Disk(disk) => PciDevice::Disk(disk_spec(disk)),
+            domain::PciDeviceKind::Interface(interface) => {
+                nets += 1;
+                PciDevice::Net(net_spec(interface, nets - 1))
+            }
+        };
+        let slot = slot.number();
+        made.push(PciDeviceSpec { slot, device });
+    }
+    made
+}
+
+fn net_spec(interface: &domain::Interface, number: u32) -> NetSpec {
+    let name = interface.target.as_ref();
+    let name = name.map(|name| name.as_str().to_owned());
+    NetSpec {
+        name: format!("net{number}"),
+        mac: interface.mac.bytes(),
+        link_up: interface.link_up.unwrap_or(true),
+        port: match &interface.source {
+            domain::InterfaceSource::Ethernet { .. } => NetPort::Tap {
+                name,
+                make: !interface.needs_tap(),
+            },
+            domain::InterfaceSource::Bridge(bridge) => NetPort::Bridge {
+                bridge: bridge.as_str().to_owned(),
+                name,
+            },
+        },
+    }
+}
+
+fn disk_spec(disk: &domain::Disk) -> DiskSpec {
+    DiskSpec {
+        name: disk.target.as_str().to_owned(),
+        path: disk.source.as_path().to_owned(),
+        read_only: disk.read_only,
+        serial: disk
+            .serial
+            .as_ref()
+            .map_or_else(String::new, |serial| serial.as_str().to_owned()),
+        cache: disk.cache.map_or(DiskCache::default(), disk_cache),
+        discard: disk.discard.unwrap_or(false),
     }
 }
 

@@ -12,10 +12,11 @@ use uuid::Uuid;
 
 use crate::checkpoint::{self, Chain, Workspace};
 use crate::domain::{
-    DomainConfig, DomainError, DomainName, HostPath, KernelCmdline, LiveInfo, MemorySize, XmlView,
+    DomainConfig, DomainError, DomainName, HostInterface, HostPath, Interface, KernelCmdline,
+    LiveInfo, MemorySize, XmlView,
 };
 use crate::guest::Guest;
-use crate::host::control::protocol::{DiskUse, JobId, Status};
+use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
@@ -200,6 +201,8 @@ impl Domain {
             let invalid = |error: crate::domain::ValueError| HostError::Invalid(error.to_string());
             config.name = DomainName::new(name).map_err(invalid)?;
             config.uuid = Uuid::new_v4();
+            let interfaces = config.machine.devices.pci.interfaces_mut();
+            interfaces.for_each(Interface::renew);
         }
         let locks = Locks::acquire(&config, &options.runtime)?;
         // Last before the machine, which locks them: what can be refused has been.
@@ -411,7 +414,9 @@ impl Domain {
         let job = inner.jobs.last().filter(|job| !job.is_done());
         let job = job.map(|job| JobId { job: job.id() });
         let state = self.state_in(&inner);
-        let disks = inner.machine.as_ref().map(|machine| disks_of(machine));
+        let machine = inner.machine.as_ref();
+        let disks = machine.map(|machine| disks_of(machine));
+        let interfaces = machine.map(|machine| interfaces_of(machine));
         drop(inner);
         Status {
             name: self.name().to_owned(),
@@ -423,6 +428,7 @@ impl Domain {
             memory_bytes: self.config.machine.memory.size().bytes(),
             consoles: self.consoles(),
             disks: disks.unwrap_or_default(),
+            interfaces: interfaces.unwrap_or_default(),
             job,
         }
     }
@@ -498,9 +504,14 @@ impl Domain {
             .into_iter()
             .map(|console| HostPath::new(console.path?.to_str()?).ok())
             .collect();
+        let nets = machine.nets().iter();
+        let taps = nets
+            .map(|net| HostInterface::new(net.interface()?).ok())
+            .collect();
         config.to_xml(XmlView::Live(&LiveInfo {
             id: self.id(),
             ptys,
+            taps,
         }))
     }
 
@@ -648,6 +659,27 @@ fn disks_of(machine: &Machine) -> Vec<DiskUse> {
             }
         })
         .collect()
+}
+
+fn interfaces_of(machine: &Machine) -> Vec<InterfaceUse> {
+    let nets = machine.nets().iter();
+    nets.map(|net| {
+        let counters = net.counters();
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let [a, b, c, d, e, f] = net.mac();
+        InterfaceUse {
+            mac: format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"),
+            tap: net.interface().map(str::to_owned),
+            received: read(&counters.received),
+            received_bytes: read(&counters.received_bytes),
+            received_dropped: read(&counters.received_dropped),
+            sent: read(&counters.sent),
+            sent_bytes: read(&counters.sent_bytes),
+            sent_errors: read(&counters.sent_errors),
+            sent_dropped: read(&counters.sent_dropped),
+        }
+    })
+    .collect()
 }
 
 fn parse(xml: &str) -> Result<DomainConfig, HostError> {

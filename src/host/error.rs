@@ -11,6 +11,7 @@ use crate::foreign::ForeignError;
 use crate::guest::GuestError;
 use crate::kvmstate::KvmStateError;
 use crate::machine::virtio::blk::DiskError;
+use crate::machine::virtio::net::NetError;
 use crate::machine::{MachineError, describe_chain};
 use crate::restore::core::CoreError;
 use crate::restore::eager::FillError as RestoreError;
@@ -301,6 +302,7 @@ fn machine_code(error: &MachineError) -> ErrorCode {
         }
         MachineError::OtherMachine { .. } | MachineError::State(_) => ErrorCode::Corrupt,
         MachineError::Disk { source, .. } => disk_code(source),
+        MachineError::Net { source, .. } => net_code(source),
         MachineError::Serial { .. } | MachineError::Device(_) => ErrorCode::Io,
         MachineError::KvmState(_) => ErrorCode::Incompatible,
         MachineError::WrongState(_) => ErrorCode::State,
@@ -313,6 +315,17 @@ fn disk_code(error: &DiskError) -> ErrorCode {
         DiskError::InUse { .. } => ErrorCode::Busy,
         DiskError::NoDisk { .. } => ErrorCode::Invalid,
         DiskError::Io { source, .. } => io_code(source),
+    }
+}
+
+fn net_code(error: &NetError) -> ErrorCode {
+    match error {
+        NetError::NoTap { .. } => ErrorCode::NotFound,
+        NetError::Bridge { source, .. } | NetError::Tap { source, .. } => match source.kind() {
+            std::io::ErrorKind::ResourceBusy => ErrorCode::Busy,
+            std::io::ErrorKind::PermissionDenied => ErrorCode::Host,
+            _ => io_code(source),
+        },
     }
 }
 

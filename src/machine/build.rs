@@ -21,6 +21,7 @@ use super::shared::{Asked, Devices, Parts, PowerOn, Shared};
 use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
 use super::vcpu::Vcpu;
 use super::virtio::blk::{Blk, Disk};
+use super::virtio::net::Net;
 use super::virtio::{Backend, VirtioPci};
 use super::{MachineError, acpi, boot, cpuid};
 use crate::kvmstate::{self, KvmDirtyLog, KvmStateError, MsrSet};
@@ -360,8 +361,8 @@ fn make_devices(
         }),
     ));
     ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
-    let (virtio, disks) = make_virtio(spec, vm, ram)?;
-    let functions = virtio.iter().map(|device| {
+    let virtio = make_virtio(spec, vm, ram)?;
+    let functions = virtio.devices.iter().map(|device| {
         let function: Arc<dyn PciFunction> = device.clone();
         (device.slot(), function)
     });
@@ -379,14 +380,20 @@ fn make_devices(
         pm: power,
         rtc: clock,
         pci,
-        virtio,
-        disks,
+        virtio: virtio.devices,
+        disks: virtio.disks,
+        nets: virtio.nets,
     };
     Ok((devices, ports, mmio))
 }
 
-/// The functions on PCI, and the disks among them.
-type Virtio = (Vec<Arc<VirtioPci>>, Vec<Arc<Disk>>);
+/// The functions on PCI, and what is asked for by kind.
+#[derive(Default)]
+struct Virtio {
+    devices: Vec<Arc<VirtioPci>>,
+    disks: Vec<Arc<Disk>>,
+    nets: Vec<Arc<Net>>,
+}
 
 fn make_virtio(
     spec: &MachineSpec,
@@ -394,8 +401,7 @@ fn make_virtio(
     ram: &Arc<GuestRam>,
 ) -> Result<Virtio, MachineError> {
     let platform = Arc::new(KvmPlatform::new(vm.clone()));
-    let mut devices = Vec::new();
-    let mut disks = Vec::new();
+    let mut virtio = Virtio::default();
     for PciDeviceSpec { slot, device } in &spec.pci {
         let (name, backend): (_, Arc<dyn Backend>) = match device {
             PciDevice::Disk(disk) => {
@@ -405,15 +411,25 @@ fn make_virtio(
                     MachineError::Disk { name, source }
                 })?;
                 let opened = Arc::new(opened);
-                disks.push(opened.clone());
+                virtio.disks.push(opened.clone());
                 (name, Arc::new(Blk::new(opened)))
+            }
+            PciDevice::Net(net) => {
+                let name = net.name.clone();
+                let opened = Net::open(net).map_err(|source| {
+                    let name = name.clone();
+                    MachineError::Net { name, source }
+                })?;
+                let opened = Arc::new(opened);
+                virtio.nets.push(opened.clone());
+                (name, opened)
             }
         };
         let thread = format!("{}-{name}", backend.kind().name);
         let made = VirtioPci::new(*slot, &thread, backend, ram.clone(), platform.clone())?;
-        devices.push(made);
+        virtio.devices.push(made);
     }
-    Ok((devices, disks))
+    Ok(virtio)
 }
 
 /// Returns what a machine of this spec consists of.

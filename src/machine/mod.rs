@@ -49,6 +49,7 @@ use shared::{Asked, Shared};
 use spec::MachineSpec;
 use virtio::DeviceError;
 use virtio::blk::{Disk, DiskError};
+use virtio::net::{Net, NetError};
 
 pub use build::open_kvm;
 pub use lifecycle::{EventListener, MachineEvent, MachineState, ShutoffReason, WrongState};
@@ -125,6 +126,15 @@ pub enum MachineError {
         /// Why.
         #[source]
         source: DiskError,
+    },
+    /// A network device could not be opened.
+    #[error("network device {name}")]
+    Net {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: NetError,
     },
     /// A device could not be made.
     #[error(transparent)]
@@ -373,6 +383,11 @@ impl Machine {
     /// Returns the disks.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.shared.devices.disks
+    }
+
+    /// Returns the network devices.
+    pub fn nets(&self) -> &[Arc<Net>] {
+        &self.shared.devices.nets
     }
 
     /// Returns a queue of the events from now on. A full queue loses the newest.

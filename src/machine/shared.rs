@@ -23,6 +23,7 @@ use super::spec::{BootSpec, EndAction, MachineSpec};
 use super::vcpu::Vcpu;
 use super::virtio::VirtioPci;
 use super::virtio::blk::Disk;
+use super::virtio::net::Net;
 use super::{MachineError, describe_chain};
 use crate::guest::{GateTimeout, MemoryFill, VcpuGate};
 use crate::kvmstate::{self, Board, KvmDirtyLog, MsrSet, VcpuRestore};
@@ -122,6 +123,7 @@ pub(super) struct Devices {
     pub pci: Arc<PciBus>,
     pub virtio: Vec<Arc<VirtioPci>>,
     pub disks: Vec<Arc<Disk>>,
+    pub nets: Vec<Arc<Net>>,
 }
 
 impl Devices {

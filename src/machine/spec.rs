@@ -262,6 +262,43 @@ pub struct PciDeviceSpec {
 pub enum PciDevice {
     /// A virtio disk.
     Disk(DiskSpec),
+    /// A virtio network device.
+    Net(NetSpec),
+}
+
+/// A network device.
+#[derive(Clone, Debug)]
+pub struct NetSpec {
+    /// Its name, as in `net0`; for messages.
+    pub name: String,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Whether its cable is plugged in.
+    pub link_up: bool,
+    /// The host's end.
+    pub port: NetPort,
+}
+
+/// The host's end of a network device.
+#[derive(Clone, Debug)]
+pub enum NetPort {
+    /// A tap interface.
+    Tap {
+        /// Its name; `None` for a new one that the kernel numbers.
+        name: Option<String>,
+        /// Whether it is made where it is not there, and brought up.
+        make: bool,
+    },
+    /// A tap interface that is made, and put on a bridge of the host.
+    Bridge {
+        /// Name of the bridge.
+        bridge: String,
+        /// Name of the tap; `None` for one that the kernel numbers.
+        name: Option<String>,
+    },
+    /// A socket that the program has, which does not block and keeps packets apart
+    /// (`SOCK_SEQPACKET` or `SOCK_DGRAM`). Each packet has a `virtio_net_hdr_v1` before it.
+    Socket(Arc<OwnedFd>),
 }
 
 /// A disk: a raw file or block device of the host.

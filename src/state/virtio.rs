@@ -94,6 +94,18 @@ impl SectionPayload for VirtioPciV1 {
     const VERSION: u16 = 1;
 }
 
+/// A virtio network device. Its instance is its slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioNetV1 {
+    /// Its hardware address, which its driver has read.
+    pub mac: [u8; 6],
+}
+
+impl SectionPayload for VirtioNetV1 {
+    const KIND: &'static str = "virtio-net";
+    const VERSION: u16 = 1;
+}
+
 /// A virtio disk. Its instance is its slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioBlkV1 {

@@ -14,6 +14,7 @@ pub mod passed_fds;
 pub mod priority;
 pub mod sigmask;
 pub mod signal;
+pub mod tap;
 pub mod termination;
 pub mod tsc;
 pub mod userfault;

@@ -1,4 +1,5 @@
-//! Reading files into guest memory, and writing them from it, without a copy in between.
+//! Reading files and packets into guest memory, and writing them from it, without a copy in
+//! between.
 #![expect(
     unsafe_code,
     reason = "the kernel takes guest memory by address; no crate passes it to preadv and pwritev"
@@ -9,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+use vm_memory::volatile_memory::PtrGuardMut;
 
 /// The most buffers of one call (`UIO_MAXIOV`).
 const BUFFERS_MAX: usize = 1024;
@@ -79,13 +81,25 @@ fn one_call<B: BitmapSlice>(
     offset: libc::off_t,
     call: Call,
 ) -> io::Result<usize> {
-    let mut skip = skip;
     let guards: Vec<_> = slices
         .iter()
         .take(BUFFERS_MAX)
         .map(VolatileSlice::ptr_guard_mut)
         .collect();
-    let vectors: Vec<libc::iovec> = guards
+    let vectors = vectors(&guards, skip);
+    let count = libc::c_int::try_from(vectors.len()).expect("at most BUFFERS_MAX buffers");
+    let fd = file.as_fd().as_raw_fd();
+    repeat(|| {
+        // SAFETY: each vector is inside a slice of guest memory, by the skip being less than the
+        // first one's length, and `guards` keeps that memory mapped during the call. To guest
+        // memory no Rust reference exists, so that the kernel may read and write it.
+        unsafe { call(fd, vectors.as_ptr(), count, offset) }
+    })
+}
+
+/// Makes vectors of guest memory; `skip` bytes of the first one are left out.
+fn vectors(guards: &[PtrGuardMut], mut skip: usize) -> Vec<libc::iovec> {
+    guards
         .iter()
         .map(|guard| {
             let skipped = std::mem::take(&mut skip);
@@ -94,15 +108,13 @@ fn one_call<B: BitmapSlice>(
                 iov_len: guard.len() - skipped,
             }
         })
-        .collect();
-    let count = libc::c_int::try_from(vectors.len()).expect("at most BUFFERS_MAX buffers");
-    let fd = file.as_fd().as_raw_fd();
+        .collect()
+}
+
+/// Makes a system call until no signal interrupts it.
+fn repeat(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
-        // SAFETY: each vector is inside a slice of guest memory, by the skip being less than the
-        // first one's length, and `guards` keeps that memory mapped during the call. To guest
-        // memory no Rust reference exists, so that the kernel may read and write it.
-        let moved = unsafe { call(fd, vectors.as_ptr(), count, offset) };
-        match usize::try_from(moved) {
+        match usize::try_from(call()) {
             Ok(moved) => return Ok(moved),
             Err(_) => {
                 let error = io::Error::last_os_error();
@@ -112,6 +124,60 @@ fn one_call<B: BitmapSlice>(
             }
         }
     }
+}
+
+/// Takes one packet from a tap or a socket into `into`, and returns how many bytes it has; `None`
+/// where it has more than there is room for, and is lost.
+///
+/// Bytes that arrived are marked. Blocks only as the descriptor does.
+pub fn receive<B: BitmapSlice>(
+    fd: impl AsFd,
+    into: &[VolatileSlice<'_, B>],
+) -> io::Result<Option<usize>> {
+    // One place is for what is too much.
+    let into = into.get(..BUFFERS_MAX - 1).unwrap_or(into);
+    let guards: Vec<_> = into.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let mut vectors = vectors(&guards, 0);
+    let mut too_much = 0_u8;
+    vectors.push(libc::iovec {
+        iov_base: (&raw mut too_much).cast(),
+        iov_len: 1,
+    });
+    let count = libc::c_int::try_from(vectors.len()).expect("at most BUFFERS_MAX buffers");
+    let fd = fd.as_fd().as_raw_fd();
+    let moved = repeat(|| {
+        // SAFETY: each vector is a slice of guest memory, which `guards` keeps mapped during the
+        // call and to which no Rust reference exists, or the byte `too_much`, which outlives it.
+        unsafe { libc::readv(fd, vectors.as_ptr(), count) }
+    })?;
+    let mut left = moved;
+    for slice in into {
+        let part = left.min(slice.len());
+        slice.bitmap().mark_dirty(0, part);
+        left -= part;
+    }
+    Ok((left == 0).then_some(moved))
+}
+
+/// Sends `from` as one packet to a tap or a socket. Blocks only as the descriptor does.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::InvalidInput`]: more buffers than one system call takes; else the kernel's.
+pub fn send<B: BitmapSlice>(fd: impl AsFd, from: &[VolatileSlice<'_, B>]) -> io::Result<()> {
+    if from.len() > BUFFERS_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let guards: Vec<_> = from.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let vectors = vectors(&guards, 0);
+    let count = libc::c_int::try_from(vectors.len()).expect("at most BUFFERS_MAX buffers");
+    let fd = fd.as_fd().as_raw_fd();
+    repeat(|| {
+        // SAFETY: each vector is a slice of guest memory, which `guards` keeps mapped during the
+        // call, and which the kernel only reads.
+        unsafe { libc::writev(fd, vectors.as_ptr(), count) }
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::managed::State;
 use crate::daemon::worker;
-use crate::host::control::protocol::DiskUse;
+use crate::host::control::protocol::{DiskUse, Status};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
@@ -90,10 +90,10 @@ fn info(
     Ok((sizes.allocation, sizes.capacity, sizes.physical))
 }
 
-/// Asks a running domain's worker what was asked of each disk.
-pub(super) fn use_of_disks(driver: &Livepoint, name: &str) -> Answer<Vec<DiskUse>> {
+/// Asks a running domain's worker for the domain in figures.
+pub(super) fn status_of(driver: &Livepoint, name: &str) -> Answer<Status> {
     let mut worker = worker::connect(&driver.paths, name)?;
-    Ok(worker.status().map_err(|error| failed(&error))?.disks)
+    worker.status().map_err(|error| failed(&error))
 }
 
 /// Returns what was asked of one disk, or of all of them where `path` is empty.
@@ -106,7 +106,7 @@ fn use_of(call: &DriverCall<'_>, wanted: &DomainRef, path: &str) -> Answer<DiskU
         (state.name.clone(), disk.map(|disk| disk.target))
     };
     let mut sum = DiskUse::default();
-    for disk in use_of_disks(call.driver, &name)? {
+    for disk in status_of(call.driver, &name)?.disks {
         if target.as_ref().is_some_and(|target| *target != disk.target) {
             continue;
         }

@@ -13,6 +13,7 @@ mod dump;
 mod events;
 mod host;
 mod info;
+mod interface;
 mod jobs;
 mod lifecycle;
 mod lookup;
@@ -50,6 +51,7 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     config::TABLE,
     stats::TABLE,
     block::TABLE,
+    interface::TABLE,
     save::TABLE,
     dump::TABLE,
     jobs::TABLE,

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use super::block::{disks_of, sizes, use_of_disks};
+use super::block::{disks_of, sizes, status_of};
+use super::interface;
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::managed::Managed;
@@ -240,7 +241,11 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
         }
     }
     if groups & STATS_INTERFACE != 0 {
-        add(TypedParam::new("net.count", TypedValue::UInt(0)));
+        let name = domain.lock().name.clone();
+        // A domain that is just ending has no figures any more.
+        let status = pid.and_then(|_| status_of(driver, &name).ok());
+        let interfaces = status.map(|status| status.interfaces);
+        interface::add_stats(&interfaces.unwrap_or_default(), &mut params);
     }
     if groups & STATS_BLOCK != 0 {
         block_stats(driver, domain, &mut params);
@@ -258,7 +263,8 @@ fn block_stats(driver: &Livepoint, domain: &Managed, params: &mut Vec<TypedParam
     params.push(TypedParam::new("block.count", TypedValue::UInt(count)));
     let used = if is_live && count > 0 {
         // A domain that is just ending has no figures any more.
-        use_of_disks(driver, &name).unwrap_or_default()
+        let status = status_of(driver, &name).ok();
+        status.map(|status| status.disks).unwrap_or_default()
     } else {
         Vec::new()
     };

@@ -80,15 +80,40 @@ fn any_disk() -> impl Strategy<Value = Disk> {
     )
 }
 
+fn any_interface() -> impl Strategy<Value = Interface> {
+    let name = || "[a-u][a-zA-Z0-9_.-]{0,14}".prop_map(|name| HostInterface::new(&name).unwrap());
+    let source = prop_oneof![
+        prop::option::of(Just(true)).prop_map(|managed| InterfaceSource::Ethernet { managed }),
+        name().prop_map(InterfaceSource::Bridge),
+    ];
+    let made = (source, prop::option::of(name()));
+    let there = name().prop_map(|name| {
+        let managed = Some(false);
+        (InterfaceSource::Ethernet { managed }, Some(name))
+    });
+    let rest = (any::<Option<bool>>(), any::<[u8; 5]>());
+    (prop_oneof![made, there], rest).prop_map(|((source, target), (link_up, [a, b, c, d, e]))| {
+        Interface {
+            mac: MacAddress::new([2, a, b, c, d, e]).unwrap(),
+            target,
+            link_up,
+            ..Interface::new(source)
+        }
+    })
+}
+
 fn any_pci() -> impl Strategy<Value = PciDevices> {
     let slot = prop::option::of(1..=PCI_SLOT_MAX);
-    prop::collection::vec((slot, any_disk(), any::<bool>()), 0..6).prop_map(|devices| {
+    let kind = prop_oneof![
+        any_disk().prop_map(PciDeviceKind::Disk),
+        any_interface().prop_map(PciDeviceKind::Interface),
+    ];
+    prop::collection::vec((slot, kind, any::<bool>()), 0..6).prop_map(|devices| {
         let mut pci = PciDevices::default();
-        for (number, (slot, disk, alias)) in devices.into_iter().enumerate() {
+        for (number, (slot, kind, alias)) in devices.into_iter().enumerate() {
             let slot = slot.map(|slot| PciSlot::new(slot).unwrap());
             let name = format!("ua-pci-{number}");
             let alias = alias.then(|| UserAlias::new(&name).unwrap());
-            let kind = PciDeviceKind::Disk(disk);
             // Devices that collide cannot be added; one is left then.
             drop(pci.insert(slot, PciDevice { kind, alias }));
         }
@@ -227,7 +252,11 @@ proptest! {
     fn any_domain_survives_its_document(config in any_domain()) {
         let xml = config.to_xml(XmlView::Inactive);
         prop_assert_eq!(DomainConfig::parse(&xml), Ok(config.clone()), "{}", xml);
-        let live = LiveInfo { id: 3, ptys: vec![HostPath::new("/dev/pts/1").ok()] };
+        let live = LiveInfo {
+            id: 3,
+            ptys: vec![HostPath::new("/dev/pts/1").ok()],
+            taps: vec![None, HostInterface::new("vnet7").ok()],
+        };
         let xml = config.to_xml(XmlView::Live(&live));
         prop_assert_eq!(DomainConfig::parse(&xml), Ok(config), "{}", xml);
     }

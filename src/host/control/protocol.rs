@@ -116,6 +116,9 @@ pub struct Status {
     /// What the guest has asked of each disk.
     #[serde(default)]
     pub disks: Vec<DiskUse>,
+    /// What passed each network interface, in the order of their slots.
+    #[serde(default)]
+    pub interfaces: Vec<InterfaceUse>,
     /// The job that runs, if any.
     pub job: Option<JobId>,
 }
@@ -137,6 +140,29 @@ pub struct DiskUse {
     pub flushes: u64,
     /// Requests that storage did not carry out.
     pub errors: u64,
+}
+
+/// What passed a network interface since its machine was started; from the guest's side.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceUse {
+    /// Its hardware address.
+    pub mac: String,
+    /// The host's interface.
+    pub tap: Option<String>,
+    /// Packets that the guest received.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Packets that the guest had no room for, or that came while the link was down.
+    pub received_dropped: u64,
+    /// Packets that the guest sent.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Packets of the guest that the host refused.
+    pub sent_errors: u64,
+    /// Packets of the guest while the link was down.
+    pub sent_dropped: u64,
 }
 
 /// The answer to a call.

@@ -11,6 +11,7 @@
 
 pub mod blk;
 mod engine;
+pub mod net;
 mod queue;
 mod registers;
 #[cfg(test)]
@@ -83,6 +84,14 @@ pub struct Work<'a> {
     pub features: u64,
     /// Set when a pause or a reset wants the thread.
     pub stop: &'a Stop,
+}
+
+/// Reads a device's configuration from the bytes of all of it: what is behind its end is zero.
+fn read_from(config: &[u8], offset: u64, data: &mut [u8]) {
+    for (at, byte) in (offset..).zip(data) {
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        *byte = config.get(at).copied().unwrap_or(0);
+    }
 }
 
 /// What a device does. Its methods are called by several threads.

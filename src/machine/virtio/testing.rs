@@ -25,7 +25,7 @@ const QUEUE_STEP: u64 = 0x1000;
 /// Where the test's buffers begin; each gets a page.
 pub const BUFFERS: u64 = 0x10_0000;
 pub const RAM_BYTES: u64 = 4 << 20;
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn ram() -> Arc<GuestRam> {
     let spec = MemorySpec {
@@ -174,11 +174,16 @@ impl Rig {
 
     /// Puts descriptors at the start of the table, and makes the first one available.
     pub fn offer(&self, number: u16, descriptors: &[RawDescriptor]) {
+        self.offer_at(number, 0, descriptors);
+    }
+
+    /// Puts descriptors into the table from `first` on, and makes that one available.
+    pub fn offer_at(&self, number: u16, first: u16, descriptors: &[RawDescriptor]) {
         let table = self.queue(number)[0];
-        for (at, descriptor) in (0..).zip(descriptors) {
+        for (at, descriptor) in (u64::from(first)..).zip(descriptors) {
             self.store(table + at * 16, *descriptor);
         }
-        self.offer_head(number, 0);
+        self.offer_head(number, first);
     }
 
     pub fn offer_head(&self, number: u16, head: u16) {

@@ -95,11 +95,7 @@ impl Backend for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        for (at, byte) in (offset..).zip(data) {
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        super::read_from(&self.config(), offset, data);
     }
 
     fn process(&self, work: &mut Work<'_>) -> Result<(), Fault> {
