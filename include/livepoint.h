@@ -810,6 +810,11 @@ typedef int32_t lvp_gate;
 #define LVP_EVENT_CHECKPOINT_ENDED 7
 
 /**
+ * It was put back to an image.
+ */
+#define LVP_EVENT_REWOUND 8
+
+/**
  * It has not.
  */
 #define LVP_END_NONE 0

@@ -476,6 +476,8 @@ fn a_chain_of_increments_is_kept_short_folded_and_gone_on_from_lazily() {
     assert!(!newest["layers"].as_array().unwrap().is_empty(), "{newest}");
     assert!(newest["inherited_pages"].as_u64().unwrap() > 0);
     bench.json(&["verify", dir]);
+    let files = fs::read_dir(&images).unwrap();
+    let newest_path = files.map(|entry| entry.unwrap().path()).max().unwrap();
     bench.ok(&["destroy", "chained"]);
     bench.wait_gone("chained");
     // It goes on from there, its memory comes as it is touched, and its next image continues it.
@@ -486,6 +488,19 @@ fn a_chain_of_increments_is_kept_short_folded_and_gone_on_from_lazily() {
     let next = bench.json(&["checkpoint", "chained", "--out", dir, "--incremental"]);
     let parent = &next["statistics"]["increment"]["parent"];
     assert_eq!(*parent, newest["image_uuid"], "{next}");
+    // It goes back in place, its devices with it, and is still the same process.
+    let process = bench.json(&["status", "chained"])["pid"].clone();
+    let said = bench.json(&["rewind", "chained"]);
+    assert_eq!(said["image_uuid"], next["image_uuid"], "{said}");
+    console.say("and again");
+    console.expect("echo: and again");
+    let said = bench.ok(&["rewind", "chained", "--to", newest_path.to_str().unwrap()]);
+    assert!(said.contains("is back at"), "{said}");
+    console.say("once more");
+    console.expect("echo: once more");
+    assert_eq!(bench.json(&["status", "chained"])["pid"], process);
+    let said = bench.refused(&["rewind", "chained", "--to", "/nowhere.lpi"]);
+    assert!(said.contains("/nowhere.lpi"), "{said}");
     bench.ok(&["destroy", "chained"]);
     bench.wait_gone("chained");
     let folded = bench.path("folded.lpi");

@@ -30,6 +30,8 @@ pub const LVP_EVENT_ENDED: lvp_event_kind = 5;
 pub const LVP_EVENT_CHECKPOINT_STARTED: lvp_event_kind = 6;
 /// A checkpoint has ended; `status` is LVP_OK where its image is whole.
 pub const LVP_EVENT_CHECKPOINT_ENDED: lvp_event_kind = 7;
+/// It was put back to an image.
+pub const LVP_EVENT_REWOUND: lvp_event_kind = 8;
 
 /// In which way a machine has ended. A program must expect values that it does not know.
 pub type lvp_end_reason = u32;
@@ -99,6 +101,7 @@ impl lvp_event {
             Happening::Paused => LVP_EVENT_PAUSED,
             Happening::Resumed => LVP_EVENT_RESUMED,
             Happening::Reset => LVP_EVENT_RESET,
+            Happening::Rewound => LVP_EVENT_REWOUND,
             Happening::Ended(end) => {
                 event.reason = reason_number(end.ending);
                 event.set_text(&end.why);

@@ -96,6 +96,14 @@ impl Chain {
             .map(|tracked| tracked.parent.image_uuid())
     }
 
+    /// Returns the image that the guest's log has run since; `None` where it does not run.
+    pub fn parent_of(&self, guest: &Arc<dyn Guest>) -> Option<Arc<ImageReader>> {
+        let state = self.lock();
+        let tracked = state.tracked.as_ref()?;
+        let same = std::ptr::addr_eq(tracked.guest.as_ptr(), Arc::as_ptr(guest));
+        same.then(|| tracked.parent.clone())
+    }
+
     /// Returns the image that an image of `guest` in `dir` can continue, or why there is none.
     pub(crate) fn parent_for(
         &self,

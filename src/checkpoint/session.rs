@@ -85,10 +85,11 @@ pub fn start(
 }
 
 /// The right to use the guest's dirty log.
-struct Claim(Arc<dyn Guest>);
+pub(crate) struct Claim(Arc<dyn Guest>);
 
 impl Claim {
-    fn new(guest: Arc<dyn Guest>) -> Result<Self, CheckpointError> {
+    /// Fails while somebody else has it.
+    pub(crate) fn new(guest: Arc<dyn Guest>) -> Result<Self, CheckpointError> {
         if guest.host_writes().claim() {
             Ok(Self(guest))
         } else {

@@ -51,6 +51,8 @@ pub(super) enum Command {
     Checkpoint(CheckpointArgs),
     /// Runs a virtual machine from an image.
     Restore(RestoreArgs),
+    /// Puts a running domain back to an image, in place.
+    Rewind(RewindArgs),
     /// Lists the running domains.
     List,
     /// Shows one running domain.
@@ -166,6 +168,16 @@ impl From<ClockArg> for ClockPolicy {
 pub(super) struct NameArg {
     /// Name of the domain.
     pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RewindArgs {
+    /// Name of the domain.
+    pub name: String,
+    /// Image file, or a directory: then its newest image [default: the domain's last incremental
+    /// checkpoint].
+    #[arg(long, value_name = "IMAGE")]
+    pub to: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::args::CheckpointArgs;
+use super::args::{CheckpointArgs, RewindArgs};
 use super::output::{bytes, duration, micros, table};
 use super::{Context, periodic};
 use crate::host::control::ControlClient;
@@ -114,6 +114,22 @@ pub(super) fn checkpoint(context: &Context, args: &CheckpointArgs) -> anyhow::Re
     let summary = client.wait(job, |progress| show(&bar, progress));
     bar.finish_and_clear();
     context.output.print(&summary?, summary_text);
+    Ok(())
+}
+
+pub(super) fn rewind(context: &Context, args: &RewindArgs) -> anyhow::Result<()> {
+    let image = args.to.as_deref().map(absolute).transpose()?;
+    let summary = ControlClient::connect(&context.runtime()?, &args.name)?.rewind(image)?;
+    context.output.print(&summary, |summary| {
+        format!(
+            "Domain {} is back at {} after {}: {} of {} pages put back",
+            args.name,
+            summary.image.display(),
+            micros(summary.total_us),
+            summary.pages,
+            summary.memory_pages
+        )
+    });
     Ok(())
 }
 

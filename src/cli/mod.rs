@@ -64,6 +64,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Run(args) => return worker::run(&context, &args),
         Command::Restore(args) => return worker::restore(&context, &args),
         Command::Checkpoint(args) => domain::checkpoint(&context, &args)?,
+        Command::Rewind(args) => domain::rewind(&context, &args)?,
         Command::List => domain::list(&context)?,
         Command::Status(args) => domain::status(&context, &args.name)?,
         Command::Dumpxml(args) => domain::dump_xml(&context, &args.name)?,

@@ -20,12 +20,12 @@ use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::image::default_threads;
-use crate::host::lazy;
 use crate::host::watch::Watchers;
 use crate::host::{
     CheckpointRequest, DomainEvents, EndReason, FinalState, Happening, HostError, Image, Job,
-    MachineState, RuntimeDir, Watch, machine_facts,
+    MachineState, RewindSummary, RuntimeDir, Watch, machine_facts,
 };
+use crate::host::{lazy, rewind};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
 use crate::restore::{compat, eager};
@@ -138,10 +138,14 @@ pub struct Domain {
     // Of incremental checkpoints.
     chain: Chain,
     watchers: Arc<Watchers>,
+    /// The domain that was saved, where this one has another identity.
+    origin: Option<Uuid>,
 }
 
 struct Inner {
     machine: Option<Arc<Machine>>,
+    /// It is being put back to an image.
+    rewinding: bool,
     /// Held from the start, or the restore, until the machine ends or starts again.
     locks: Option<Locks>,
     jobs: Vec<Job>,
@@ -244,7 +248,8 @@ impl Domain {
         restore: &RestoreOptions,
         image: Arc<ImageReader>,
     ) -> Self {
-        let domain = Self::new(config, options, Some(machine.clone()), Some(locks));
+        let mut domain = Self::new(config, options, Some(machine.clone()), Some(locks));
+        domain.origin = Some(image.manifest().guest.uuid);
         if restore.track {
             let guest: Arc<dyn Guest> = machine;
             domain.chain.adopt(&guest, image);
@@ -268,12 +273,14 @@ impl Domain {
             watchers,
             inner: Mutex::new(Inner {
                 machine,
+                rewinding: false,
                 locks,
                 jobs: Vec::new(),
                 texts: None,
             }),
             workspace: Workspace::default(),
             chain: Chain::default(),
+            origin: None,
         }
     }
 
@@ -529,9 +536,7 @@ impl Domain {
             None => default_directory(self.name())?,
         };
         let mut inner = self.lock();
-        if let Some(job) = inner.jobs.last().filter(|job| !job.is_done()) {
-            return Err(HostError::JobRunning { job: job.id() });
-        }
+        inner.refuse_busy()?;
         let guest: Arc<dyn Guest> = machine;
         let mut options = request.engine_options(self.workspace.clone());
         options.chain = request.incremental.then(|| self.chain.clone());
@@ -554,6 +559,24 @@ impl Domain {
             watchers.tell(None, Happening::CheckpointEnded { job: id, failure });
         });
         Ok(job)
+    }
+
+    /// Puts the domain back to the image at `to`, or to the last of its incremental checkpoints, in
+    /// place: memory that has not changed since is kept where the domain's writes are tracked.
+    ///
+    /// What is refused, and an image that is found damaged, leaves the domain as it was. Blocks until
+    /// it goes on. No checkpoint of it may run, and none can be started meanwhile.
+    pub fn rewind(&self, to: Option<&Path>) -> Result<RewindSummary, HostError> {
+        let machine = self.machine()?;
+        let guest: Arc<dyn Guest> = machine.clone();
+        self.lock().begin_rewind()?;
+        let _ends = RewindEnds(self);
+        let image = rewind::find(to, self.chain.parent_of(&guest))?;
+        let uuids = [Some(self.uuid()), self.origin];
+        let uuids: Vec<Uuid> = uuids.into_iter().flatten().collect();
+        rewind::check(&image, &uuids)?;
+        let threads = default_threads(RESTORE_THREADS_MAX);
+        rewind::rewind(&machine, &self.chain, &image, threads)
     }
 
     /// Returns the last job, if it has this number.
@@ -602,6 +625,34 @@ impl Domain {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Every change is one assignment, so a panic leaves nothing half-changed.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Fails while a checkpoint or a rewind is under way.
+    fn refuse_busy(&self) -> Result<(), HostError> {
+        if self.rewinding {
+            return Err(HostError::Rewinding);
+        }
+        match self.jobs.last().filter(|job| !job.is_done()) {
+            Some(job) => Err(HostError::JobRunning { job: job.id() }),
+            None => Ok(()),
+        }
+    }
+
+    fn begin_rewind(&mut self) -> Result<(), HostError> {
+        self.refuse_busy()?;
+        self.rewinding = true;
+        Ok(())
+    }
+}
+
+/// Ends a rewind, whatever comes of it.
+struct RewindEnds<'a>(&'a Domain);
+
+impl Drop for RewindEnds<'_> {
+    fn drop(&mut self) {
+        self.0.lock().rewinding = false;
     }
 }
 

@@ -134,6 +134,9 @@ pub enum HostError {
         /// How many there are.
         count: usize,
     },
+    /// The domain is being put back to an image.
+    #[error("the domain is being put back to an image; wait for that")]
+    Rewinding,
     /// An image has no guest memory at an address.
     #[error("the image has no memory at guest physical address {gpa:#x}")]
     NoMemoryAt {
@@ -214,7 +217,7 @@ impl HostError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Invalid(_) => ErrorCode::Invalid,
-            Self::JobRunning { .. } => ErrorCode::Busy,
+            Self::JobRunning { .. } | Self::Rewinding => ErrorCode::Busy,
             Self::NotRunning { .. }
             | Self::NoSuchJob { .. }
             | Self::NoConsole { .. }
@@ -291,6 +294,7 @@ fn foreign_code(error: &ForeignError) -> ErrorCode {
 
 fn machine_code(error: &MachineError) -> ErrorCode {
     match error {
+        MachineError::Rewind { source } => rewind_code(source.as_ref()),
         MachineError::NoKvm { .. }
         | MachineError::MissingCapability { .. }
         | MachineError::Kvm { .. }
@@ -307,6 +311,21 @@ fn machine_code(error: &MachineError) -> ErrorCode {
         MachineError::KvmState(_) => ErrorCode::Incompatible,
         MachineError::WrongState(_) => ErrorCode::State,
         MachineError::Gate(_) | MachineError::Drain(_) => ErrorCode::Timeout,
+    }
+}
+
+fn rewind_code(error: &(dyn std::error::Error + Send + Sync + 'static)) -> ErrorCode {
+    if let Some(error) = error.downcast_ref() {
+        return store_code(error);
+    }
+    if let Some(error) = error.downcast_ref() {
+        return checkpoint_code(error);
+    }
+    match error.downcast_ref() {
+        Some(RestoreError::Store(error)) => store_code(error),
+        Some(RestoreError::Late(error)) => store_code(error),
+        Some(RestoreError::Layout { .. }) => ErrorCode::Invalid,
+        _ => ErrorCode::Internal,
     }
 }
 

@@ -28,6 +28,8 @@ pub enum DomainEvent {
     Resumed,
     /// It starts over.
     Reset,
+    /// It was put back to an image.
+    Rewound,
     /// It has ended: the last one.
     Ended(FinalState),
 }
@@ -100,6 +102,7 @@ impl From<MachineEvent> for DomainEvent {
             MachineEvent::Paused => Self::Paused,
             MachineEvent::Resumed => Self::Resumed,
             MachineEvent::Reset => Self::Reset,
+            MachineEvent::Rewound => Self::Rewound,
             MachineEvent::Shutoff(reason) => Self::Ended((&reason).into()),
             MachineEvent::Crashed(why) => Self::Ended(FinalState::crashed(&why)),
         }

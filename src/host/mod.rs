@@ -14,6 +14,7 @@ mod image;
 mod job;
 mod lazy;
 mod request;
+mod rewind;
 mod runtime;
 mod watch;
 
@@ -47,6 +48,7 @@ pub use request::{
     CheckpointRequest, CheckpointSummary, EndReason, Figures, JobProgress, MachineState,
     ThreadCount,
 };
+pub use rewind::RewindSummary;
 pub use runtime::RuntimeDir;
 pub use watch::{Happening, NOTICES_MAX, Notice, Watch, Watched};
 

@@ -38,6 +38,8 @@ pub enum Happening {
     Resumed,
     /// It starts over.
     Reset,
+    /// It was put back to an image.
+    Rewound,
     /// Its machine has ended.
     Ended(FinalState),
     /// A checkpoint has begun.
@@ -64,6 +66,7 @@ impl Happening {
             MachineEvent::Paused => (Some(MachineState::Paused), Self::Paused),
             MachineEvent::Resumed => (Some(MachineState::Running), Self::Resumed),
             MachineEvent::Reset => (None, Self::Reset),
+            MachineEvent::Rewound => (None, Self::Rewound),
             MachineEvent::Shutoff(reason) => {
                 let state = machine::MachineState::Shutoff {
                     reason: reason.clone(),

@@ -191,6 +191,29 @@ pub fn restore_taken(
     saved: &[VcpuV1],
     policy: ClockPolicy,
 ) -> Result<(), KvmStateError> {
+    restore_all(vm, vcpus, board, saved, policy, true)
+}
+
+/// Restores what [`restore`] takes into a VM that has run, whose vCPUs are stopped and were shown the
+/// same CPU as is saved: KVM takes no other one any more.
+pub fn put_back(
+    vm: &VmFd,
+    vcpus: &[&VcpuFd],
+    board: &Board,
+    saved: &[VcpuV1],
+    policy: ClockPolicy,
+) -> Result<(), KvmStateError> {
+    restore_all(vm, vcpus, board, saved, policy, false)
+}
+
+fn restore_all(
+    vm: &VmFd,
+    vcpus: &[&VcpuFd],
+    board: &Board,
+    saved: &[VcpuV1],
+    policy: ClockPolicy,
+    cpuid: bool,
+) -> Result<(), KvmStateError> {
     let passed = board::passed_since(&board.clock, policy);
     restore_board(vm, board, passed)?;
     let Some(first) = saved.first() else {
@@ -199,7 +222,7 @@ pub fn restore_taken(
     let target = TscTarget::now(&first.tsc, passed);
     for ((number, vcpu), saved) in (0..).zip(vcpus).zip(saved) {
         let how = VcpuRestore {
-            cpuid: true,
+            cpuid,
             tsc: Some(target),
         };
         restore_vcpu(vm, vcpu, number, saved, how)?;

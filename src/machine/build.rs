@@ -321,7 +321,7 @@ impl Base {
 
 /// Lets the guest know that it was restored: others may have been from the same image, and time
 /// may have passed.
-fn tell_of_restore(shared: &Shared) {
+pub(super) fn tell_of_restore(shared: &Shared) {
     shared.firmware.write_identity(shared.ram.memory());
     shared.devices.pm.raise_event(acpi::GENERATION_EVENT);
     shared.excuse_pause();
@@ -444,7 +444,7 @@ pub(super) fn machine_layout(spec: &MachineSpec) -> MachineV1 {
     }
 }
 
-fn check_layout(saved: &MachineV1, spec: &MachineSpec) -> Result<(), MachineError> {
+pub(super) fn check_layout(saved: &MachineV1, spec: &MachineSpec) -> Result<(), MachineError> {
     let ours = machine_layout(spec);
     let other = |what: String| Err(MachineError::OtherMachine { what });
     if saved.vcpu_count != ours.vcpu_count {

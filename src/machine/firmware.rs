@@ -1,5 +1,7 @@
 //! What a firmware leaves in guest memory: the tables that kernels look for.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use uuid::Uuid;
 
 use super::memory::GuestMemory;
@@ -7,13 +9,13 @@ use super::spec::MachineSpec;
 use super::{acpi, smbios};
 
 /// The tables of one machine.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Firmware {
     parts: acpi::Parts,
     uuid: Uuid,
     /// Stays the same when the guest starts over; each machine that is restored has another one,
     /// since others may have been restored from the same image.
-    generation_id: Uuid,
+    generation_id: Mutex<Uuid>,
 }
 
 impl Firmware {
@@ -24,7 +26,7 @@ impl Firmware {
                 serial_ports: spec.serials.iter().map(|serial| serial.port).collect(),
             },
             uuid: spec.uuid,
-            generation_id: Uuid::new_v4(),
+            generation_id: Mutex::new(Uuid::new_v4()),
         }
     }
 
@@ -37,6 +39,17 @@ impl Firmware {
     /// Writes what tells this machine from the one that was saved: generation id and UUID.
     pub fn write_identity(&self, memory: &GuestMemory) {
         smbios::write(memory, self.uuid);
-        acpi::write_generation_id(memory, self.generation_id);
+        acpi::write_generation_id(memory, *self.lock_generation_id());
+    }
+
+    /// Takes another generation id: the machine goes back, and will be what it was a second time.
+    pub fn renew_generation_id(&self) {
+        *self.lock_generation_id() = Uuid::new_v4();
+    }
+
+    fn lock_generation_id(&self) -> MutexGuard<'_, Uuid> {
+        self.generation_id
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

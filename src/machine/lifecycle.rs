@@ -90,6 +90,8 @@ pub enum MachineEvent {
     Resumed,
     /// It starts over.
     Reset,
+    /// It was put back to a saved state.
+    Rewound,
     /// It has ended.
     Shutoff(ShutoffReason),
     /// It has stopped for good, and is kept.
@@ -111,7 +113,7 @@ fn transition(state: &MachineState, event: &MachineEvent) -> Result<MachineState
     Ok(match (state, event) {
         (State::Created, Event::Started) | (State::Paused, Event::Resumed) => State::Running,
         (State::Created, Event::StartedPaused) | (State::Running, Event::Paused) => State::Paused,
-        (State::Running | State::Paused, Event::Reset) => state.clone(),
+        (State::Running | State::Paused, Event::Reset | Event::Rewound) => state.clone(),
         (State::Created | State::Running | State::Paused, Event::Crashed(reason)) => {
             State::Crashed {
                 reason: reason.clone(),

@@ -21,6 +21,7 @@ mod guest;
 mod lifecycle;
 pub mod memory;
 pub mod pci;
+mod rewind;
 mod shared;
 mod smbios;
 pub mod spec;
@@ -53,6 +54,7 @@ use virtio::net::{Net, NetError};
 
 pub use build::open_kvm;
 pub use lifecycle::{EventListener, MachineEvent, MachineState, ShutoffReason, WrongState};
+pub use rewind::{MemoryFailure, MemoryRewind, Reuse};
 
 /// A machine that cannot be built, or cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +147,13 @@ pub enum MachineError {
     /// A section is missing, left over, or does not decode.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Memory could not be put back.
+    #[error("could not put memory back")]
+    Rewind {
+        /// Why.
+        #[source]
+        source: MemoryFailure,
+    },
     /// The machine is not in a state where this can be done.
     #[error(transparent)]
     WrongState(#[from] WrongState),

@@ -272,6 +272,13 @@ impl Shared {
         *self.lock_restarts()
     }
 
+    /// Notes that the guest is another one now: what its vCPUs asked for is void. Called before the
+    /// gate opens: what a vCPU asks for from then on is not stale.
+    pub(super) fn note_restart(&self) {
+        *self.lock_restarts() += 1;
+        self.restarted.notify_all();
+    }
+
     fn lock_restarts(&self) -> MutexGuard<'_, u64> {
         self.restarts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -334,7 +341,7 @@ impl Shared {
         self.end_locked(&mut self.lock_changing(), event);
     }
 
-    fn end_locked(&self, holds: &mut Holds, event: &MachineEvent) {
+    pub(super) fn end_locked(&self, holds: &mut Holds, event: &MachineEvent) {
         if self.lifecycle.check(event).is_err() {
             return;
         }
@@ -391,11 +398,7 @@ impl Shared {
             }
         };
         match &result {
-            Ok(()) => {
-                // Before the gate opens: what a vCPU asks for from then on is not stale.
-                *self.lock_restarts() += 1;
-                self.restarted.notify_all();
-            }
+            Ok(()) => self.note_restart(),
             Err(error) => {
                 // The memory is gone, or half of the new kernel is in it: nothing may run.
                 let why = format!("could not start over: {}", describe_chain(error));

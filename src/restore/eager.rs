@@ -100,10 +100,8 @@ pub fn fill(
     Ok(stats)
 }
 
-pub(super) fn check_layout(
-    saved: &[RegionLayout],
-    regions: &[MemoryRegion],
-) -> Result<(), FillError> {
+/// Fails where the machine's memory is not that of an image.
+pub fn check_layout(saved: &[RegionLayout], regions: &[MemoryRegion]) -> Result<(), FillError> {
     let differ = |difference: String| Err(FillError::Layout { difference });
     if saved.len() != regions.len() {
         return differ(format!(
@@ -156,12 +154,12 @@ fn byte_offset(region: &MemoryRegion, gfn: Gfn) -> usize {
         .expect("the region is mapped, so its offsets fit")
 }
 
-fn copy_in(regions: &[MemoryRegion], run: PageRun, bytes: &[u8]) {
+pub(super) fn copy_in(regions: &[MemoryRegion], run: PageRun, bytes: &[u8]) {
     let (region, offset) = place(regions, run);
     region.mapping.copy_in(offset, bytes);
 }
 
-fn clear(regions: &[MemoryRegion], run: PageRun) {
+pub(super) fn clear(regions: &[MemoryRegion], run: PageRun) {
     static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
     let (region, mut offset) = place(regions, run);
     let end = offset + byte_offset(region, run.end()) - byte_offset(region, run.start);

@@ -8,3 +8,4 @@ pub mod core;
 pub mod disks;
 pub mod eager;
 pub mod lazy;
+pub mod patch;

@@ -13,6 +13,7 @@ pub mod backend;
 mod chain;
 mod codec;
 mod deferred;
+mod difference;
 mod disks;
 mod error;
 mod format;

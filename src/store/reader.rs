@@ -302,7 +302,7 @@ impl ImageReader {
     }
 
     /// Returns the file that holds a chunk, and the chunk's number in it.
-    fn file_of(&self, chunk: usize) -> (&LeasedFile, usize) {
+    pub(crate) fn file_of(&self, chunk: usize) -> (&LeasedFile, usize) {
         let after = self
             .layers
             .partition_point(|layer| layer.first_chunk <= chunk);

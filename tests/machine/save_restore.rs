@@ -4,7 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use livepoint::guest::{Guest, MemoryRegion};
-use livepoint::machine::{Machine, MachineError};
+use livepoint::machine::{
+    Machine, MachineError, MachineState, MemoryFailure, MemoryRewind, Reuse, ShutoffReason,
+};
 use livepoint::state::vcpu::VcpuV1;
 use livepoint::state::{StateSection, StateSet};
 
@@ -91,6 +93,109 @@ fn timer_and_vector_registers_go_on_in_a_new_machine() {
     assert_eq!(counters(&again.regions()[0])[0], ticks, "started paused");
     again.resume_by_user().unwrap();
     wait_for_ticks(&again.regions()[0], ticks + 50);
+}
+
+/// Memory from a copy, or a failure in one of the two steps.
+struct FromCopy<'a> {
+    region: &'a MemoryRegion,
+    memory: &'a [u8],
+    reuse: Reuse,
+    fails_in_step: usize,
+}
+
+impl MemoryRewind for FromCopy<'_> {
+    fn prepare(&mut self) -> Result<Reuse, MemoryFailure> {
+        if self.fails_in_step == 1 {
+            return Err("not today".into());
+        }
+        Ok(self.reuse)
+    }
+
+    fn put_back(&mut self) -> Result<(), MemoryFailure> {
+        if self.fails_in_step == 2 {
+            return Err("half of it is gone".into());
+        }
+        if self.reuse == Reuse::Nothing {
+            let mut bytes = [1; 64];
+            self.region.mapping.copy_out(COUNTERS, &mut bytes);
+            assert_eq!(bytes, [0; 64], "memory is discarded first");
+        }
+        self.region.mapping.copy_in(0, self.memory);
+        Ok(())
+    }
+}
+
+#[test]
+fn timer_and_vector_registers_go_on_when_a_machine_is_put_back() {
+    if !have_kvm() {
+        return;
+    }
+    let (spec, _console) = spec(live_kernel());
+    let machine = Machine::build(spec).unwrap();
+    machine.start(false).unwrap();
+    let region = machine.regions()[0].clone();
+    wait_for_ticks(&region, 20);
+    let saved = save(&machine);
+    let rewind = |reuse, fails_in_step| {
+        let mut memory = FromCopy {
+            region: &region,
+            memory: &saved.memory,
+            reuse,
+            fails_in_step,
+        };
+        let state = StateSet::new(saved.sections.clone()).unwrap();
+        machine.rewind(state, &mut memory)
+    };
+    for turn in 0..10 {
+        let [ticks, ..] = counters(&region);
+        wait_for_ticks(&region, ticks + 15);
+        let paused = turn % 2 == 0;
+        if paused {
+            machine.pause_by_user().unwrap();
+        }
+        rewind([Reuse::Rest, Reuse::Nothing][turn % 2], 0).unwrap();
+        if paused {
+            assert_eq!(machine.state(), MachineState::Paused);
+            thread::sleep(Duration::from_millis(5));
+            let mut there = [0; 24];
+            region.mapping.copy_out(COUNTERS, &mut there);
+            assert_eq!(there, saved.memory[COUNTERS..COUNTERS + 24], "it waits");
+            machine.resume_by_user().unwrap();
+        }
+    }
+    let [ticks, ..] = counters(&region);
+    wait_for_ticks(&region, ticks + 20);
+    // What fails before anything has changed changes nothing.
+    let error = rewind(Reuse::Nothing, 1).unwrap_err();
+    assert!(matches!(error, MachineError::Rewind { .. }), "{error}");
+    let [ticks, ..] = counters(&region);
+    wait_for_ticks(&region, ticks + 20);
+    let mut other = saved.sections.clone();
+    other.retain(|section| section.kind != "pci");
+    let mut memory = FromCopy {
+        region: &region,
+        memory: &[],
+        reuse: Reuse::Rest,
+        fails_in_step: 2,
+    };
+    let refused = machine.rewind(StateSet::new(other).unwrap(), &mut memory);
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("pci.0"), "{refused}");
+    let [ticks, ..] = counters(&region);
+    wait_for_ticks(&region, ticks + 20);
+    // Memory that is nobody's runs no more.
+    rewind(Reuse::Rest, 2).unwrap_err();
+    let MachineState::Shutoff { reason } = machine.state() else {
+        panic!("{:?}", machine.state());
+    };
+    assert!(
+        matches!(&reason, ShutoffReason::Failed(why) if why.contains("half of it is gone")),
+        "{reason}"
+    );
+    assert!(matches!(
+        rewind(Reuse::Rest, 0),
+        Err(MachineError::WrongState(_))
+    ));
 }
 
 #[test]

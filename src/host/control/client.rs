@@ -2,18 +2,20 @@
 
 use std::io::{self, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::protocol::{
-    Call, Greeting, JobId, Method, Outcome, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, Reply, Status,
+    Call, Greeting, JobId, Method, Outcome, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, Reply,
+    RewindTo, Status,
 };
 use super::server::read_line;
 use crate::host::{
-    CheckpointRequest, CheckpointSummary, DomainEvent, HostError, JobProgress, RuntimeDir,
+    CheckpointRequest, CheckpointSummary, DomainEvent, HostError, JobProgress, RewindSummary,
+    RuntimeDir,
 };
 
 /// A connection to the process that runs a domain. Calls block until they are answered.
@@ -102,6 +104,11 @@ impl ControlClient {
         on_progress: impl FnMut(&JobProgress),
     ) -> Result<CheckpointSummary, HostError> {
         self.call_with_progress(Method::JobWait(job), on_progress)
+    }
+
+    /// Puts the domain back to an image, or to its last incremental checkpoint.
+    pub fn rewind(&mut self, image: Option<PathBuf>) -> Result<RewindSummary, HostError> {
+        self.call(Method::Rewind(RewindTo { image }))
     }
 
     /// Hears of everything that happens to the domain, until it ends.

@@ -77,10 +77,23 @@ pub enum Method {
     /// Waits for a job's end with progress lines meanwhile; answered with a
     /// [`CheckpointSummary`], or with the job's error.
     JobWait(JobId),
+    /// Puts the domain back to an image; answered with a [`RewindSummary`] once it goes on.
+    ///
+    /// [`RewindSummary`]: crate::host::RewindSummary
+    Rewind(RewindTo),
     /// Tells what happens to the domain until it ends, in lines of their own; answered then.
     Events,
     /// Replaces the document's title, description and metadata.
     SetTexts(DomainTexts),
+}
+
+/// Which image a domain is put back to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewindTo {
+    /// Absolute path of the image, or of a directory: then its newest image. Where it is not given,
+    /// the last incremental checkpoint of the domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
 }
 
 /// Names a job.

@@ -254,6 +254,9 @@ impl Connection<'_> {
             Method::JobProgress(id) => domain.job(id.job).map(|job| json(&job.progress())),
             Method::JobCancel(id) => nothing(domain.job(id.job).map(|job| job.cancel())),
             Method::JobWait(id) => return self.wait(call.id, id),
+            Method::Rewind(to) => domain
+                .rewind(to.image.as_deref())
+                .map(|summary| json(&summary)),
             Method::Events => return self.events(call.id),
             Method::SetTexts(texts) => nothing(domain.set_texts(texts)),
         })
