@@ -39,6 +39,15 @@ const SAMPLE_TIME: Duration = Duration::from_millis(10);
 const LOOKS_MIN: u32 = 2;
 const LOOKS_MAX: u32 = 8;
 
+/// How often at most where it matters how large the working set is: until it has been seen whole.
+const LOOKS_FOR_ALL_MAX: u32 = 16;
+
+/// A look that finds less than this part more of the working set has seen it whole.
+const GROWTH_FRACTION: u64 = 16;
+
+/// Bytes a second that a harvest copies (`threaded`).
+const HARVEST_BYTES_PER_S: u64 = 2_000_000_000;
+
 /// What stopping vCPUs and saving their state takes at least, with some room for a busy host.
 const DOWNTIME_FLOOR: Duration = Duration::from_micros(1000);
 
@@ -77,6 +86,9 @@ pub struct Plan {
     pub dirty_pages_per_s: Option<u64>,
     /// Of a thousand stretches of 256 KiB, in how many the guest wrote during the sample.
     pub written_stretches_permille: Option<u64>,
+    /// Pages that the guest writes again and again, by the sample; all that hold anything where
+    /// the sample was too short to see them all. `None` where nothing depends on it.
+    pub working_set_pages: Option<u64>,
     /// Bytes a second that the storage is expected to take; `None` where nothing depends on it.
     pub write_bytes_per_s: Option<u64>,
     /// Work that the guest is expected to lose to `threaded`.
@@ -135,6 +147,17 @@ impl Contract {
 struct Writes {
     pages_per_s: u64,
     stretches_permille: u64,
+    /// Whether it no longer wrote where it had not written before.
+    seen_whole: bool,
+}
+
+/// How long to watch the guest's writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// Until some are seen.
+    Short,
+    /// Until the whole working set is seen.
+    ForAll,
 }
 
 /// Chooses the protocol, and refuses what cannot be promised.
@@ -158,14 +181,24 @@ pub(crate) fn make(
         ..Plan::default()
     };
     control.check()?;
-    let depends_on_writes = chooses || options.protocol == Protocol::Precopy;
-    if depends_on_writes {
-        let writes = sample_writes(session)?;
+    // Whether harvests shrink the last set decides whether `threaded` keeps a downtime.
+    let look = match (options.protocol, options.max_downtime) {
+        (Protocol::Auto | Protocol::Threaded, Some(_)) => Some(Look::ForAll),
+        (Protocol::Auto | Protocol::Precopy, _) => Some(Look::Short),
+        _ => None,
+    };
+    if let Some(look) = look {
+        let writes = sample_writes(session, look)?;
         plan.dirty_pages_per_s = Some(writes.pages_per_s);
         plan.written_stretches_permille = Some(writes.stretches_permille);
+        if look == Look::ForAll {
+            let seen = plan.touched_pages * writes.stretches_permille / 1000;
+            let all = plan.touched_pages;
+            plan.working_set_pages = Some(if writes.seen_whole { seen } else { all });
+        }
     }
     let depends_on_disk =
-        depends_on_writes || options.deadline.is_some() || options.protocol == Protocol::Stop;
+        look.is_some() || options.deadline.is_some() || options.protocol == Protocol::Stop;
     if depends_on_disk {
         plan.write_bytes_per_s = Some(write_rate(session, storage, path)?);
     }
@@ -240,8 +273,35 @@ fn refuse(session: &Session, plan: &mut Plan) -> Result<(), CheckpointError> {
             }
             Ok(())
         }
+        Protocol::Threaded if !threaded_keeps(session, plan, most) => {
+            let needed = harvest_time(session, plan);
+            Err(refused("max_downtime", most, needed))
+        }
         _ => Ok(()),
     }
+}
+
+/// How long a harvest of the whole working set takes: what staging holds is copied, the rest goes
+/// to the disk.
+fn harvest_time(session: &Session, plan: &Plan) -> Duration {
+    let bytes = plan.working_set_pages.unwrap_or(0) * PAGE_BYTES as u64;
+    let staging = (session.policy.staging_slots * PAGE_BYTES) as u64;
+    let rate = plan.write_bytes_per_s.unwrap_or(u64::MAX);
+    let spilling = time_for(bytes.saturating_sub(staging), rate) * CAUTION_QUARTERS / 4;
+    time_for(bytes.min(staging), HARVEST_BYTES_PER_S) + spilling
+}
+
+/// Returns whether `threaded` keeps a downtime of `most`: the whole working set can be harvested in
+/// it, or harvests shrink the last set until it fits. They do where the guest writes less during a
+/// harvest than was harvested.
+fn threaded_keeps(session: &Session, plan: &Plan, most: Duration) -> bool {
+    let Some(working_set) = plan.working_set_pages else {
+        return true;
+    };
+    let harvest = harvest_time(session, plan);
+    let written = u128::from(plan.dirty_pages_per_s.unwrap_or(0));
+    let meanwhile = written * harvest.as_micros() / 1_000_000;
+    harvest <= most || meanwhile * 4 <= u128::from(working_set) * 3
 }
 
 fn refused(promise: &'static str, wanted: Duration, needed: Duration) -> CheckpointError {
@@ -263,7 +323,11 @@ fn choose(session: &Session, plan: &mut Plan) -> Protocol {
     }
     let cow = cow_lost(session, plan);
     plan.cow_lost_us = Some(micros(cow));
-    if cow <= threaded {
+    let most = session.options.max_downtime;
+    if most.is_some_and(|most| !threaded_keeps(session, plan, most)) {
+        plan.reason = Some("the guest writes faster than its writes can be harvested");
+        Protocol::Cow
+    } else if cow <= threaded {
         plan.reason = Some("the guest loses less work to copies before its writes");
         Protocol::Cow
     } else {
@@ -326,7 +390,7 @@ fn write_rate(session: &mut Session, storage: &Arc<dyn Storage>, path: &Path) ->
 }
 
 /// Watches some windows of the guest's memory for a moment.
-fn sample_writes(session: &Session) -> Result<Writes, Halt> {
+fn sample_writes(session: &Session, look: Look) -> Result<Writes, Halt> {
     let windows = sample_windows(&session.layout);
     let logging = Logging::start(session.guest.clone())?;
     let log = session.guest.dirty_log();
@@ -340,14 +404,20 @@ fn sample_writes(session: &Session) -> Result<Writes, Halt> {
         .map_err(CheckpointError::dirty_log("re-arm"))?;
     }
     let began = Instant::now();
-    let mut looks = 0;
-    let (took, written, stretches, seen) = loop {
+    let (mut looks, mut stretches_before) = (0, 0);
+    let (took, written, stretches, seen, seen_whole) = loop {
         thread::sleep(SAMPLE_TIME);
         looks += 1;
         let took = began.elapsed();
         let (written, stretches, seen) = look_at_writes(session, log, &windows)?;
-        if looks == LOOKS_MAX || (looks >= LOOKS_MIN && written > 0) {
-            break (took, written, stretches, seen);
+        let seen_whole = (stretches - stretches_before) * GROWTH_FRACTION < stretches;
+        stretches_before = stretches;
+        let is_enough = match look {
+            Look::Short => looks == LOOKS_MAX || written > 0,
+            Look::ForAll => looks == LOOKS_FOR_ALL_MAX || seen_whole,
+        };
+        if looks >= LOOKS_MIN && is_enough {
+            break (took, written, stretches, seen, seen_whole);
         }
         session.control.check()?;
     };
@@ -361,6 +431,7 @@ fn sample_writes(session: &Session) -> Result<Writes, Halt> {
         stretches_permille: (stretches * 1000)
             .checked_div(windows.len() as u64)
             .unwrap_or(0),
+        seen_whole: seen_whole || written == 0,
     })
 }
 

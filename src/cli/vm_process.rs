@@ -14,7 +14,7 @@ use super::worker::wait_for;
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::Method;
 use crate::host::{
-    CheckpointRequest, CheckpointSummary, Domain, DomainChanges, RuntimeDir, host_tsc,
+    CheckpointRequest, CheckpointSummary, Domain, DomainChanges, ErrorCode, RuntimeDir, host_tsc,
 };
 
 /// How long a process may take until its control socket answers.
@@ -113,6 +113,24 @@ impl VmProcess {
         let job = self.client.start_checkpoint(request)?;
         let began = before..=host_tsc();
         Ok((self.client.wait(job, |_| ())?, began))
+    }
+
+    /// Begins a checkpoint and cancels it `after` so long; returns how long it took until it had
+    /// ended, or `None` where the image was whole before.
+    pub fn cancel(
+        &mut self,
+        request: CheckpointRequest,
+        after: Duration,
+    ) -> anyhow::Result<Option<Duration>> {
+        let job = self.client.start_checkpoint(request)?;
+        std::thread::sleep(after);
+        let cancelled = Instant::now();
+        self.client.run(Method::JobCancel(job))?;
+        match self.client.wait(job, |_| ()) {
+            Ok(_) => Ok(None),
+            Err(error) if error.code() == ErrorCode::Cancelled => Ok(Some(cancelled.elapsed())),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Stops the guest's vCPUs.

@@ -48,17 +48,20 @@ fn a_pause_of_stop_that_the_disk_makes_too_long_is_refused() {
 }
 
 #[test]
-fn a_guest_that_outwrites_the_disk_is_refused_by_precopy_with_a_bounded_downtime() {
-    let mut bench = bench(Protocol::Precopy);
-    bench.options.max_bandwidth = Some(1 << 20);
-    bench.options.max_downtime = Some(Duration::from_millis(20));
-    let running = bench.guest.run(2, 3);
-    running.assert_progress();
-    let pauses = bench.guest.pauses.load(Ordering::SeqCst);
-    let error = bench.start().wait().unwrap_err();
-    assert!(matches!(error, CheckpointError::Refused { .. }), "{error}");
-    assert_eq!(bench.guest.pauses.load(Ordering::SeqCst), pauses);
-    running.assert_progress();
+fn a_guest_that_outwrites_disk_and_staging_is_refused_a_bounded_downtime() {
+    for protocol in [Protocol::Precopy, Protocol::Threaded] {
+        let mut bench = bench(protocol);
+        bench.options.max_bandwidth = Some(1 << 20);
+        bench.options.max_staging_bytes = Some(64 << 10);
+        bench.options.max_downtime = Some(Duration::from_millis(20));
+        let running = bench.guest.run(2, 3);
+        running.assert_progress();
+        let pauses = bench.guest.pauses.load(Ordering::SeqCst);
+        let error = bench.start().wait().unwrap_err();
+        assert!(matches!(error, CheckpointError::Refused { .. }), "{error}");
+        assert_eq!(bench.guest.pauses.load(Ordering::SeqCst), pauses);
+        running.assert_progress();
+    }
 }
 
 #[test]
@@ -127,7 +130,7 @@ fn a_staging_table_without_room_does_not_make_a_bounded_pause_wait_for_the_disk(
     for _ in 0..5 {
         match bench.start().wait() {
             Ok(report) => assert!(report.statistics.contract.kept),
-            Err(CheckpointError::NotConverged { .. }) => {}
+            Err(CheckpointError::Refused { .. } | CheckpointError::NotConverged { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }

@@ -9,8 +9,9 @@ use super::Bench;
 use crate::checkpoint::fake::{Call, FakeGuest, Operation};
 use crate::checkpoint::{CheckpointError, Phase, Protocol};
 
-/// How long a cancel may take. Other work on the test machine can make one late, not three.
-const CANCEL_LIMIT: Duration = Duration::from_millis(100);
+/// What is prompt: far less than those take that a cancelled checkpoint must not wait for. How fast
+/// it is on a machine that has nothing else to do is for `livepoint bench` to say.
+const PROMPT: Duration = Duration::from_secs(3);
 
 /// How long anything may take that must not hang.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,11 +51,8 @@ fn cancel_in(phase: Phase, protocol: Protocol, block: impl Fn(&mut Bench)) -> Du
 }
 
 fn cancel_is_prompt_in(phase: Phase, protocol: Protocol, block: impl Fn(&mut Bench)) {
-    let best = (0..3)
-        .map(|_| cancel_in(phase, protocol, &block))
-        .min()
-        .unwrap();
-    assert!(best <= CANCEL_LIMIT, "a cancel in {phase} took {best:?}");
+    let took = cancel_in(phase, protocol, block);
+    assert!(took <= PROMPT, "a cancel in {phase} took {took:?}");
 }
 
 #[test]
@@ -144,6 +142,38 @@ fn cancel_while_committing_leaves_the_guest_running_and_no_file() {
 }
 
 #[test]
+fn cancel_at_any_moment_of_every_protocol_leaves_the_guest_running_and_no_file() {
+    const MOMENTS: u32 = 16;
+    for protocol in Protocol::CAPTURING {
+        let mut bench = Bench::new();
+        bench.guest.fill();
+        bench.options.protocol = protocol;
+        bench.options.at_pause = None;
+        let running = bench.guest.run(2, 7);
+        running.assert_progress();
+        let began = Instant::now();
+        bench.start().wait().unwrap();
+        let whole = began.elapsed();
+        for moment in 0..MOMENTS {
+            let before = bench.files();
+            let job = bench.start();
+            std::thread::sleep(whole * moment / MOMENTS);
+            let cancelled = Instant::now();
+            if !job.cancel() {
+                job.wait().unwrap();
+                continue;
+            }
+            let error = job.wait_timeout(PATIENCE).expect("it ends").unwrap_err();
+            let took = cancelled.elapsed();
+            assert!(error.is_cancelled(), "{error}");
+            assert!(took <= PROMPT, "a cancel of {protocol:?} took {took:?}");
+            running.assert_progress();
+            bench.assert_nothing_is_left(&before);
+        }
+    }
+}
+
+#[test]
 fn a_cancel_that_comes_after_the_commit_is_refused() {
     let bench = Bench::new();
     bench.guest.fill();
@@ -188,7 +218,7 @@ fn a_blocked_storage_never_leaves_the_guest_paused() {
         let mut bench = Bench::new();
         bench.guest.fill();
         bench.options.protocol = protocol;
-        bench.options.pause_limit = Duration::from_millis(150);
+        bench.options.pause_limit = Duration::from_secs(1);
         bench.options.max_staging_bytes = Some(64 << 10);
         bench.options.threads = Some(1);
         let storage = bench.storage.clone();
@@ -198,10 +228,10 @@ fn a_blocked_storage_never_leaves_the_guest_paused() {
         });
         match fails(&bench) {
             CheckpointError::PauseExpired {
-                limit_ms: 150,
+                limit_ms: 1000,
                 waiting,
             } if protocol != Protocol::Cow => assert!(waiting.contains("written"), "{waiting}"),
-            CheckpointError::StallExpired { limit_ms: 112 } if protocol == Protocol::Cow => {}
+            CheckpointError::StallExpired { limit_ms: 750 } if protocol == Protocol::Cow => {}
             error => panic!("{error}"),
         }
     }
@@ -224,31 +254,24 @@ fn longest_standstill(guest: &FakeGuest, ended: impl Fn() -> bool) -> Duration {
 }
 
 #[test]
-fn a_disk_that_blocks_holds_no_writer_up_for_a_second() {
-    // Other work on the test machine can make one late, not three.
-    let best = (0..3)
-        .map(|_| {
-            let mut bench = Bench::new();
-            bench.guest.fill();
-            bench.options.protocol = Protocol::Cow;
-            bench.options.max_staging_bytes = Some(64 << 10);
-            bench.options.threads = Some(1);
-            bench.storage.block(Operation::Write);
-            let running = bench.guest.run(2, 7);
-            running.assert_progress();
-            let job = bench.start();
-            let longest = longest_standstill(&bench.guest, || job.is_finished());
-            let error = job.wait().unwrap_err();
-            assert!(
-                matches!(error, CheckpointError::StallExpired { .. }),
-                "{error}"
-            );
-            running.assert_progress();
-            longest
-        })
-        .min()
-        .unwrap();
-    assert!(best < Duration::from_secs(1), "{best:?}");
+fn a_disk_that_blocks_holds_no_writer_up_for_good() {
+    let mut bench = Bench::new();
+    bench.guest.fill();
+    bench.options.protocol = Protocol::Cow;
+    bench.options.max_staging_bytes = Some(64 << 10);
+    bench.options.threads = Some(1);
+    bench.storage.block(Operation::Write);
+    let running = bench.guest.run(2, 7);
+    running.assert_progress();
+    let job = bench.start();
+    let longest = longest_standstill(&bench.guest, || job.is_finished());
+    let error = job.wait().unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::StallExpired { .. }),
+        "{error}"
+    );
+    running.assert_progress();
+    assert!(longest <= PROMPT, "{longest:?}");
 }
 
 #[test]

@@ -17,6 +17,9 @@ use crate::host::Protocol;
 
 const SETTLE: Duration = Duration::from_millis(300);
 
+/// A checkpoint is cancelled within so long of its start: it takes about as long.
+const CANCEL_WITHIN: Duration = Duration::from_millis(600);
+
 /// Share of memory that the guest writes, in percent.
 const WORKING_SET_PERCENT: u32 = 50;
 
@@ -27,14 +30,17 @@ enum Promise {
     Deadline(Duration),
     MaxStaging(u64),
     MaxBandwidth(u64),
+    /// A cancel is answered so soon, in any phase.
+    Cancel(Duration),
 }
 
 /// Those that a live checkpoint of a guest of any size can keep, and two that none can.
-const PROMISES: [Promise; 6] = [
+const PROMISES: [Promise; 7] = [
     Promise::MaxDowntime(Duration::from_millis(20)),
     Promise::Deadline(Duration::from_secs(10)),
     Promise::MaxStaging(64 << 20),
     Promise::MaxBandwidth(HELD_BYTES_PER_S),
+    Promise::Cancel(Duration::from_millis(100)),
     Promise::MaxDowntime(Duration::from_micros(500)),
     Promise::Deadline(Duration::from_millis(200)),
 ];
@@ -84,7 +90,14 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Contract> {
     for run in 1..=args.runs {
         setup.say(format_args!("contract: run {run} of {}", args.runs));
         for (promise, figures) in &mut rows {
-            let verdict = ask(&mut vm, setup, *promise, figures.protocol)?;
+            let verdict = match *promise {
+                Promise::Cancel(most) => {
+                    // Over the whole of a checkpoint, and not in step with the runs.
+                    let after = CANCEL_WITHIN.mul_f64((f64::from(run) * 0.618).fract());
+                    cancel(&mut vm, setup, most, figures.protocol, after)?
+                }
+                promise => ask(&mut vm, setup, promise, figures.protocol)?,
+            };
             figures.count(verdict);
             setup.go_on()?;
         }
@@ -93,6 +106,29 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Contract> {
         memory_bytes: args.memory,
         rows: rows.into_iter().map(|(_, figures)| figures).collect(),
     })
+}
+
+/// Cancels one checkpoint, on disk.
+fn cancel(
+    vm: &mut Vm,
+    setup: &Setup,
+    most: Duration,
+    of: Protocol,
+    after: Duration,
+) -> anyhow::Result<Verdict> {
+    let request = setup.disk().request();
+    let contender = Contender::Ours(of, Staging::Default);
+    let verdict = match vm.cancel(contender, setup.args.memory, &request, after) {
+        Ok(Some(took)) if took > most => Verdict::Broken(format!("{took:?} came out")),
+        Ok(Some(_)) => Verdict::Kept,
+        Ok(None) => {
+            discard(&request.image)?;
+            Verdict::Kept
+        }
+        Err(error) => Verdict::Failed(format!("{error:#}")),
+    };
+    std::thread::sleep(SETTLE);
+    Ok(verdict)
 }
 
 /// Asks for one checkpoint with a promise, on disk.
@@ -127,6 +163,7 @@ impl Promise {
             Self::Deadline(most) => request.deadline = Some(most),
             Self::MaxStaging(most) => request.max_staging_bytes = Some(most),
             Self::MaxBandwidth(most) => request.max_bandwidth = Some(most),
+            Self::Cancel(_) => {}
         }
     }
 
@@ -137,6 +174,9 @@ impl Promise {
             Self::Deadline(most) => (Some(outcome.total_us()), micros(most)),
             Self::MaxStaging(most) => (outcome.figure("/staging/peak_bytes"), to_f64(most)),
             Self::MaxBandwidth(most) => (Some(to_f64(outcome.image_bytes) / total_s), to_f64(most)),
+            Self::Cancel(_) => {
+                unreachable!("there is no outcome of a checkpoint that is cancelled")
+            }
         };
         let reported = outcome.statistics.pointer("/contract/kept");
         let reported = reported.and_then(serde_json::Value::as_bool) == Some(true);
@@ -156,6 +196,7 @@ impl fmt::Display for Promise {
             Self::Deadline(most) => write!(f, "deadline {most:?}"),
             Self::MaxStaging(most) => write!(f, "staging {}", bytes(*most)),
             Self::MaxBandwidth(most) => write!(f, "{} MB/s", most / 1_000_000),
+            Self::Cancel(most) => write!(f, "cancel {most:?}"),
         }
     }
 }

@@ -11,11 +11,11 @@ use serde_json::Value;
 use super::super::console_log::ConsoleLog;
 use super::super::output::to_f64;
 use super::super::vm_process::VmProcess;
-use super::contender::Contender;
+use super::contender::{Contender, Staging};
 use super::qemu::{QemuProcess, QemuProgram};
 use super::ticks::Ticks;
 use crate::guests;
-use crate::host::{CheckpointRequest, Codec, DomainChanges};
+use crate::host::{CheckpointRequest, Codec, DomainChanges, Protocol};
 
 /// What guest memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,22 +272,47 @@ impl Vm {
     ) -> anyhow::Result<Outcome> {
         match (self, contender) {
             (Self::Ours(vm), Contender::Ours(protocol, staging)) => {
-                let mut wanted = CheckpointRequest::new(protocol);
-                wanted.out = Some(request.image.clone());
-                wanted.codec = Codec::None;
-                wanted.max_bandwidth = request.max_bandwidth;
-                let staging = request.max_staging_bytes.or(staging.bytes(memory_bytes));
-                wanted.max_staging_bytes = staging;
-                wanted.max_downtime_us = request.max_downtime.map(whole_micros);
-                wanted.deadline_ms = request.deadline.map(|most| whole_micros(most) / 1000);
-                wanted.durable = request.durable;
-                wanted.spare.clone_from(&request.spare);
-                ours(vm, wanted)
+                ours(vm, wanted(protocol, staging, memory_bytes, request))
             }
             (Self::Peer(vm), Contender::Qemu(mode)) => vm.checkpoint(mode, request),
             (_, contender) => anyhow::bail!("{contender} does not save this machine"),
         }
     }
+
+    /// Begins a checkpoint as `contender` does and cancels it `after` so long; returns how long the
+    /// answer to that took, or `None` where the image was whole before. The guest runs on.
+    pub fn cancel(
+        &mut self,
+        contender: Contender,
+        memory_bytes: u64,
+        request: &Request,
+        after: Duration,
+    ) -> anyhow::Result<Option<Duration>> {
+        match (self, contender) {
+            (Self::Ours(vm), Contender::Ours(protocol, staging)) => {
+                vm.cancel(wanted(protocol, staging, memory_bytes, request), after)
+            }
+            (_, contender) => anyhow::bail!("{contender} cannot be cancelled here"),
+        }
+    }
+}
+
+fn wanted(
+    protocol: Protocol,
+    staging: Staging,
+    memory_bytes: u64,
+    request: &Request,
+) -> CheckpointRequest {
+    let mut wanted = CheckpointRequest::new(protocol);
+    wanted.out = Some(request.image.clone());
+    wanted.codec = Codec::None;
+    wanted.max_bandwidth = request.max_bandwidth;
+    wanted.max_staging_bytes = request.max_staging_bytes.or(staging.bytes(memory_bytes));
+    wanted.max_downtime_us = request.max_downtime.map(whole_micros);
+    wanted.deadline_ms = request.deadline.map(|most| whole_micros(most) / 1000);
+    wanted.durable = request.durable;
+    wanted.spare.clone_from(&request.spare);
+    wanted
 }
 
 fn ours(vm: &mut VmProcess, request: CheckpointRequest) -> anyhow::Result<Outcome> {
@@ -320,8 +345,8 @@ mod tests {
     #[test]
     fn what_another_protocol_captured_is_shown_so() {
         let by = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
-        let stop = crate::host::Protocol::Stop;
-        let contender = Contender::Ours(stop, super::super::contender::Staging::Ample);
+        let stop = Protocol::Stop;
+        let contender = Contender::Ours(stop, Staging::Ample);
         assert_eq!(title(contender, &by(&["stop"])), "stop");
         assert_eq!(title(contender, &by(&[])), "stop");
         assert_eq!(title(contender, &by(&["cow", "stop"])), "stop (cow, stop)");
