@@ -5,6 +5,7 @@
 
 BENCH   ?= --runs 3
 CARGO   ?= cargo
+SUITE   ?= bookworm
 
 # Where `make install` puts things; docs/packaging.md.
 DESTDIR    ?=
@@ -32,6 +33,8 @@ PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps
 PACKAGES_INSTALL := make pkg-config cmake groff-base mandoc
 PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB) $(PACKAGES_INSTALL)
 
+PACKAGES_DEB   := $(PACKAGES_BUILD) dpkg-dev debhelper lintian libzstd-dev pkg-config python3
+
 # Installs the Debian packages in $(1) that are missing, and says so. Does nothing elsewhere.
 define need
 @command -v apt-get >/dev/null || exit 0; \
@@ -46,13 +49,16 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long lab lint bench header install install-built uninstall setup setup-test clean
+.PHONY: help build demo test test-long test-packages lab lint bench header install install-built uninstall vendor deb setup setup-test setup-deb clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup:
 	$(call need,$(PACKAGES_BUILD))
+
+setup-deb:
+	$(call need,$(PACKAGES_DEB))
 
 setup-test:
 	$(call need,$(PACKAGES_TEST))
@@ -66,8 +72,13 @@ demo: build ## checkpoint a running VM, kill it, restore it; ends with a table
 test: setup-test ## every test, in its short form
 	CARGO="$(CARGO)" tests/run
 
-test-long: setup-test ## the long forms: soaks, thousands of cases
+test-long: setup-test ## the long forms: soaks, thousands of cases; and the packages
 	CARGO="$(CARGO)" LIVEPOINT_LONG=1 tests/run
+	$(MAKE) --no-print-directory test-packages
+
+test-packages: deb ## Debian packages: lintian, installation in a fresh system, programs built there
+	$(call need,mmdebstrap debian-archive-keyring)
+	$(SUDO) env SUITE=$(SUITE) tests/packages/run $(TARGET)/deb
 
 lab: setup-test ## stock Linux guests in an emulated machine (JOB=script: one job; see tests/lab)
 ifdef JOB
@@ -129,6 +140,12 @@ install-built: # what is in $(BUILT); builds nothing
 		install -m644 "$$manual/completions/_$$command" $(DESTDIR)$(ZSHDIR)/; \
 		install -m644 "$$manual/completions/$$command.fish" $(DESTDIR)$(FISHDIR)/; \
 	done
+
+vendor: ## every crate that a build needs, in vendor/, for builds without the network
+	$(CARGO) vendor --locked --versioned-dirs vendor >/dev/null
+
+deb: setup-deb ## Debian packages, in $(TARGET)/deb, from vendored crates
+	CARGO="$(CARGO)" packaging/make-deb $(TARGET)/deb
 
 uninstall: ## takes away what `make install` with the same options puts there
 	set -e; staged=$$(mktemp -d); trap 'rm -rf "$$staged"' EXIT; \
