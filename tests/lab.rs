@@ -34,6 +34,10 @@ const JOBS: &[(&str, &str)] = &[
         "a_stock_kernel_keeps_on_its_disk_what_it_has_synced",
         "linux-disk",
     ),
+    (
+        "what_a_stock_kernel_has_reported_is_on_its_disk_after_a_crash_and_a_restore",
+        "linux-crash",
+    ),
 ];
 
 /// The L1 machine, while it runs.
@@ -68,8 +72,11 @@ impl Lab {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()?;
+        let is_long = env::var_os("LIVEPOINT_LONG").is_some_and(|value| value == "1");
+        let checkpoints = if is_long { 20 } else { 5 };
         let setting = format!(
-            "export LAB='{}' LAB_DIR='{}' LIVEPOINT='{}'\n. \"$LAB/functions\"\n",
+            "export LAB='{}' LAB_DIR='{}' LIVEPOINT='{}' LAB_CHECKPOINTS={checkpoints}\n\
+             . \"$LAB/functions\"\n",
             scripts().display(),
             lab.display(),
             program.display()

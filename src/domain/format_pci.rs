@@ -5,11 +5,13 @@ use super::document::Element;
 use super::format::LiveInfo;
 use super::interface::{HostInterface, Interface, InterfaceSource};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
+use super::rng::Rng;
 
 /// Adds the devices to `into`; `live` adds the names that a running machine gives them.
 pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&LiveInfo>) {
     let mut disks = 0;
     let mut interfaces = 0;
+    let mut rngs = 0;
     for (slot, device) in on_pci.iter() {
         let (mut element, name) = match &device.kind {
             PciDeviceKind::Disk(described) => {
@@ -21,6 +23,10 @@ pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&Liv
                 interfaces += 1;
                 let tap = live.and_then(|live| live.taps.get(number)?.as_ref());
                 (interface(described, tap), format!("net{number}"))
+            }
+            PciDeviceKind::Rng(described) => {
+                rngs += 1;
+                (rng(*described), format!("rng{}", rngs - 1))
             }
         };
         if let Some(name) = alias(device, name, live.is_some()) {
@@ -104,5 +110,18 @@ fn interface(interface: &Interface, tap: Option<&HostInterface>) -> Element {
     if let Some(up) = interface.link_up {
         element.push(Element::new("link").with("state", if up { "up" } else { "down" }));
     }
+    element
+}
+
+fn rng(rng: Rng) -> Element {
+    let mut element = Element::new("rng").with("model", "virtio");
+    if let Some(rate) = rng.rate {
+        let limit = Element::new("rate");
+        let limit = limit.with("bytes", rate.bytes());
+        element.push(limit.with("period", rate.period_ms()));
+    }
+    let mut backend = Element::new("backend").with("model", "random");
+    backend.text = rng.source.path().to_owned();
+    element.push(backend);
     element
 }

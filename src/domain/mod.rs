@@ -30,6 +30,7 @@ mod parse;
 mod parse_devices;
 mod parse_pci;
 mod pci;
+mod rng;
 mod rules;
 mod table;
 mod table_devices;
@@ -65,6 +66,7 @@ pub use memory::{
 };
 pub use metadata::Metadata;
 pub use pci::{PCI_SLOT_MAX, PciDevice, PciDeviceKind, PciDevices, PciSlot};
+pub use rng::{RNG_PERIOD_MS, Rng, RngRate, RngSource};
 pub use rules::{Disposition, Rule, reference, rules};
 pub use values::{
     BUILTIN_BYTES_MAX, BootConfig, BuiltinName, CMDLINE_BYTES_MAX, Description, DomainName,

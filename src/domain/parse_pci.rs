@@ -6,8 +6,10 @@ use super::document::Element;
 use super::error::{DomainError, ValueError};
 use super::interface::{HostInterface, Interface, InterfaceSource, MacAddress};
 use super::parse::TEXT;
+use super::parse::number;
 use super::parse_devices::{unsigned, user_alias};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
+use super::rng::{RNG_PERIOD_MS, Rng, RngRate, RngSource};
 use super::values::HostPath;
 
 /// Reads the devices on PCI; `serial` has names that they may not have.
@@ -21,6 +23,7 @@ pub(super) fn pci_devices(
         let kind = match element.name.as_str() {
             "disk" => PciDeviceKind::Disk(disk(element)?),
             "interface" => PciDeviceKind::Interface(interface(element)?),
+            "rng" => PciDeviceKind::Rng(rng(element)?),
             _ => continue,
         };
         let alias = user_alias(element)?;
@@ -182,4 +185,30 @@ fn interface_source(element: &Element) -> Result<InterfaceSource, DomainError> {
     }
     let managed = managed.map(|managed| managed == "yes");
     Ok(InterfaceSource::Ethernet { managed })
+}
+
+fn rng(element: &Element) -> Result<Rng, DomainError> {
+    let Some(backend) = element.child("backend") else {
+        return Err(missing(element, "<backend>", ""));
+    };
+    let source = match backend.text.as_str() {
+        "" | "/dev/urandom" => RngSource::Urandom,
+        "/dev/random" => RngSource::Random,
+        other => return Err(backend.invalid(TEXT, other, "/dev/urandom or /dev/random")),
+    };
+    let Some(rate) = element.child("rate") else {
+        return Ok(Rng { source, rate: None });
+    };
+    let figure = |what, default| match rate.attribute(what) {
+        Some(text) => {
+            let value = number(rate, what, text)?;
+            let fits = u32::try_from(value).ok();
+            fits.ok_or_else(|| rate.invalid(what, text, "less than 2^32"))
+        }
+        None => Ok(default),
+    };
+    let (bytes, period) = (figure("bytes", 0)?, figure("period", RNG_PERIOD_MS)?);
+    let rate = RngRate::new(bytes, period).map_err(|error| rate.refuse("rate", error))?;
+    let rate = Some(rate);
+    Ok(Rng { source, rate })
 }

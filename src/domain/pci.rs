@@ -6,6 +6,7 @@ use super::device::UserAlias;
 use super::disk::Disk;
 use super::error::ValueError;
 use super::interface::Interface;
+use super::rng::Rng;
 
 /// Slots that devices may have: 1 to this one. Slot 0 has the host bridge.
 pub const PCI_SLOT_MAX: u8 = 31;
@@ -44,6 +45,8 @@ pub enum PciDeviceKind {
     Disk(Disk),
     /// A network interface.
     Interface(Interface),
+    /// A source of random numbers.
+    Rng(Rng),
 }
 
 /// A device on PCI.
@@ -60,7 +63,7 @@ impl PciDevice {
     pub fn disk(&self) -> Option<&Disk> {
         match &self.kind {
             PciDeviceKind::Disk(disk) => Some(disk),
-            PciDeviceKind::Interface(_) => None,
+            _ => None,
         }
     }
 
@@ -68,7 +71,7 @@ impl PciDevice {
     pub fn interface(&self) -> Option<&Interface> {
         match &self.kind {
             PciDeviceKind::Interface(interface) => Some(interface),
-            PciDeviceKind::Disk(_) => None,
+            _ => None,
         }
     }
 }
@@ -153,7 +156,7 @@ impl PciDevices {
         let devices = self.0.values_mut();
         devices.filter_map(|device| match &mut device.kind {
             PciDeviceKind::Interface(interface) => Some(interface),
-            PciDeviceKind::Disk(_) => None,
+            _ => None,
         })
     }
 }

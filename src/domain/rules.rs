@@ -156,7 +156,11 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         table::DOMAIN,
         table_devices::DEVICES,
         table_pci::PCI,
+        table_pci::DISK_PLACE,
         table_pci::INTERFACE,
+        table_pci::INTERFACE_PLACE,
+        table_pci::RNG,
+        table_pci::RNG_PLACE,
         table_devices::REST,
         table::SECURITY,
     ];

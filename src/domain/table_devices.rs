@@ -162,7 +162,6 @@ pub(super) const REST: &[Rule] = &[
     )
     .only(&["none"]),
     // Devices to come.
-    Rule::refused("domain/devices/rng", NOT_YET),
     Rule::refused("domain/devices/channel", NOT_YET),
     Rule::refused("domain/devices/parallel", NOT_YET),
     Rule::refused("domain/devices/filesystem", NOT_YET),

@@ -10,6 +10,25 @@ const ALIAS: &str = "kept where it starts with `ua-`; other names are given anew
 const OWN_THREAD: &str = "a disk's I/O is on a thread of its own, whatever this says";
 const NOT_TUNED: &str = "not supported yet; remove it";
 
+/// The rows of a device's name and place.
+macro_rules! placed {
+    ($path:literal) => {
+        &[
+            Rule::honoured(concat!($path, "/alias"), "").needs(&["name"]),
+            Rule::honoured(concat!($path, "/alias@name"), ALIAS),
+            Rule::honoured(concat!($path, "/address"), "").needs(&["type"]),
+            Rule::honoured(concat!($path, "/address@type"), ONLY_PCI).only(&["pci"]),
+            Rule::honoured(concat!($path, "/address@domain"), ONLY_BUS_0),
+            Rule::honoured(concat!($path, "/address@bus"), ONLY_BUS_0),
+            Rule::honoured(concat!($path, "/address@slot"), SLOT),
+            Rule::honoured(concat!($path, "/address@function"), ONLY_BUS_0),
+            Rule::accepted(concat!($path, "/address@multifunction"), ONLY_BUS_0)
+                .only(&["off"])
+                .dropped(),
+        ]
+    };
+}
+
 pub(super) const PCI: &[Rule] = &[
     Rule::honoured("domain/devices/disk", "a virtio disk").many(),
     Rule::honoured(
@@ -125,17 +144,6 @@ pub(super) const PCI: &[Rule] = &[
         "domain/devices/disk/boot",
         "the machine starts the kernel that <os> gives",
     ),
-    Rule::honoured("domain/devices/disk/alias", "").needs(&["name"]),
-    Rule::honoured("domain/devices/disk/alias@name", ALIAS),
-    Rule::honoured("domain/devices/disk/address", "").needs(&["type"]),
-    Rule::honoured("domain/devices/disk/address@type", ONLY_PCI).only(&["pci"]),
-    Rule::honoured("domain/devices/disk/address@domain", ONLY_BUS_0),
-    Rule::honoured("domain/devices/disk/address@bus", ONLY_BUS_0),
-    Rule::honoured("domain/devices/disk/address@slot", SLOT),
-    Rule::honoured("domain/devices/disk/address@function", ONLY_BUS_0),
-    Rule::accepted("domain/devices/disk/address@multifunction", ONLY_BUS_0)
-        .only(&["off"])
-        .dropped(),
 ];
 
 const NO_NETWORK: &str = "networks of libvirt, and other types, are not supported yet: \
@@ -231,15 +239,40 @@ pub(super) const INTERFACE: &[Rule] = &[
         "domain/devices/interface/boot",
         "the machine starts the kernel that <os> gives",
     ),
-    Rule::honoured("domain/devices/interface/alias", "").needs(&["name"]),
-    Rule::honoured("domain/devices/interface/alias@name", ALIAS),
-    Rule::honoured("domain/devices/interface/address", "").needs(&["type"]),
-    Rule::honoured("domain/devices/interface/address@type", ONLY_PCI).only(&["pci"]),
-    Rule::honoured("domain/devices/interface/address@domain", ONLY_BUS_0),
-    Rule::honoured("domain/devices/interface/address@bus", ONLY_BUS_0),
-    Rule::honoured("domain/devices/interface/address@slot", SLOT),
-    Rule::honoured("domain/devices/interface/address@function", ONLY_BUS_0),
-    Rule::accepted("domain/devices/interface/address@multifunction", ONLY_BUS_0)
-        .only(&["off"])
-        .dropped(),
+];
+
+pub(super) const DISK_PLACE: &[Rule] = placed!("domain/devices/disk");
+pub(super) const INTERFACE_PLACE: &[Rule] = placed!("domain/devices/interface");
+pub(super) const RNG_PLACE: &[Rule] = placed!("domain/devices/rng");
+
+pub(super) const RNG: &[Rule] = &[
+    Rule::honoured("domain/devices/rng", "a virtio source of random numbers")
+        .needs(&["model"])
+        .many(),
+    Rule::honoured("domain/devices/rng@model", "the only one").only(&["virtio"]),
+    Rule::honoured(
+        "domain/devices/rng/rate",
+        "as many as the guest wants where there is none",
+    )
+    .needs(&["bytes"]),
+    Rule::honoured(
+        "domain/devices/rng/rate@bytes",
+        "bytes in a period, at least 1",
+    ),
+    Rule::honoured(
+        "domain/devices/rng/rate@period",
+        "milliseconds; 1000 where there is none",
+    ),
+    Rule::honoured(
+        "domain/devices/rng/backend",
+        "/dev/urandom or /dev/random; /dev/urandom where it is empty",
+    )
+    .needs(&["model"])
+    .text(),
+    Rule::honoured(
+        "domain/devices/rng/backend@model",
+        "other sources are not supported",
+    )
+    .only(&["random"]),
+    Rule::refused("domain/devices/rng/driver", NOT_TUNED),
 ];

@@ -1,5 +1,7 @@
 //! From a domain, in libvirt's terms, to what the machine is made from.
 
+use std::time::Duration;
+
 use crate::domain::{
     self, ClockBasis, ClockOffset, CpuFeature, CpuMode, DomainConfig, KernelSource,
     LifecycleAction, MemorySource, TickPolicy,
@@ -9,7 +11,7 @@ use crate::kvmstate::ClockPolicy;
 use crate::machine::spec::{
     BackingSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec, EndAction,
     FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, NetPort, NetSpec,
-    PciDevice, PciDeviceSpec, SerialBackend, SerialSpec, Source, TopologySpec,
+    PciDevice, PciDeviceSpec, RngRate, RngSpec, SerialBackend, SerialSpec, Source, TopologySpec,
 };
 
 /// Mode of a console's pty: its owner reads and writes, as virsh console does.
@@ -324,6 +326,13 @@ fn pci_devices(devices: &domain::PciDevices) -> Vec<PciDeviceSpec> {
                 nets += 1;
                 PciDevice::Net(net_spec(interface, nets - 1))
             }
+            domain::PciDeviceKind::Rng(rng) => PciDevice::Rng(RngSpec {
+                source: rng.source.path().into(),
+                rate: rng.rate.map(|rate| RngRate {
+                    bytes: rate.bytes(),
+                    period: Duration::from_millis(rate.period_ms().into()),
+                }),
+            }),
         };
         let slot = slot.number();
         made.push(PciDeviceSpec { slot, device });

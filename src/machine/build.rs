@@ -22,7 +22,8 @@ use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
 use super::vcpu::Vcpu;
 use super::virtio::blk::{Blk, Disk};
 use super::virtio::net::Net;
-use super::virtio::{Backend, VirtioPci};
+use super::virtio::rng::Rng;
+use super::virtio::{Backend, DeviceError, VirtioPci};
 use super::{MachineError, acpi, boot, cpuid};
 use crate::kvmstate::{self, KvmDirtyLog, KvmStateError, MsrSet};
 use crate::state::board::{MachineV1, RamRangeV1};
@@ -423,6 +424,13 @@ fn make_virtio(
                 let opened = Arc::new(opened);
                 virtio.nets.push(opened.clone());
                 (name, opened)
+            }
+            PciDevice::Rng(rng) => {
+                let opened = Rng::open(rng).map_err(|source| DeviceError {
+                    what: format!("open {}", rng.source.display()),
+                    source,
+                })?;
+                (slot.to_string(), Arc::new(opened))
             }
         };
         let thread = format!("{}-{name}", backend.kind().name);

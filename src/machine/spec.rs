@@ -5,6 +5,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -264,6 +265,26 @@ pub enum PciDevice {
     Disk(DiskSpec),
     /// A virtio network device.
     Net(NetSpec),
+    /// A virtio entropy device.
+    Rng(RngSpec),
+}
+
+/// A source of random numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RngSpec {
+    /// The device of the host that they come from.
+    pub source: PathBuf,
+    /// How many the guest may take; `None` for as many as it wants.
+    pub rate: Option<RngRate>,
+}
+
+/// A limit of random numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RngRate {
+    /// So many bytes, at least 1.
+    pub bytes: u32,
+    /// In each such time.
+    pub period: Duration,
 }
 
 /// A network device.

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::*;
+use super::super::{Rng, *};
 
 /// Text that XML can carry and that is not blank.
 fn any_text() -> impl Strategy<Value = String> {
@@ -102,11 +102,21 @@ fn any_interface() -> impl Strategy<Value = Interface> {
     })
 }
 
+fn any_rng() -> impl Strategy<Value = Rng> {
+    let source = prop::sample::select(vec![RngSource::Urandom, RngSource::Random]);
+    let rate = prop::option::of((1..u32::MAX, 1..u32::MAX));
+    (source, rate).prop_map(|(source, rate)| Rng {
+        source,
+        rate: rate.map(|(bytes, period)| RngRate::new(bytes, period).unwrap()),
+    })
+}
+
 fn any_pci() -> impl Strategy<Value = PciDevices> {
     let slot = prop::option::of(1..=PCI_SLOT_MAX);
     let kind = prop_oneof![
         any_disk().prop_map(PciDeviceKind::Disk),
         any_interface().prop_map(PciDeviceKind::Interface),
+        any_rng().prop_map(PciDeviceKind::Rng),
     ];
     prop::collection::vec((slot, kind, any::<bool>()), 0..6).prop_map(|devices| {
         let mut pci = PciDevices::default();

@@ -14,6 +14,7 @@ mod engine;
 pub mod net;
 mod queue;
 mod registers;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 mod transport;
@@ -126,10 +127,14 @@ pub trait Backend: fmt::Debug + Send + Sync {
     }
 
     /// Returns what its kind has besides [`VirtioPciV1`](crate::state::virtio::VirtioPciV1).
-    fn save(&self, instance: u32) -> StateSection;
+    fn save(&self, _instance: u32) -> Option<StateSection> {
+        None
+    }
 
     /// Takes that state.
-    fn restore(&self, instance: u32, state: &mut StateSet) -> Result<(), StateError>;
+    fn restore(&self, _instance: u32, _state: &mut StateSet) -> Result<(), StateError> {
+        Ok(())
+    }
 
     /// Forgets what the driver has set up. The thread is not in [`Backend::process`].
     fn reset(&self) {}

@@ -636,10 +636,9 @@ impl Device for VirtioPci {
 
     fn save(&self) -> Vec<StateSection> {
         let instance = self.slot.into();
-        vec![
-            StateSection::encode(instance, &self.save_registers()),
-            self.backend.save(instance),
-        ]
+        let registers = StateSection::encode(instance, &self.save_registers());
+        let of_kind = self.backend.save(instance);
+        [registers].into_iter().chain(of_kind).collect()
     }
 
     fn restore(&self, state: &mut StateSet) -> Result<(), StateError> {

@@ -118,9 +118,9 @@ impl Backend for Blk {
         Some(self.disk.clone())
     }
 
-    fn save(&self, instance: u32) -> StateSection {
+    fn save(&self, instance: u32) -> Option<StateSection> {
         let sectors = self.disk.sectors();
-        StateSection::encode(instance, &VirtioBlkV1 { sectors })
+        Some(StateSection::encode(instance, &VirtioBlkV1 { sectors }))
     }
 
     fn restore(&self, instance: u32, state: &mut StateSet) -> Result<(), StateError> {

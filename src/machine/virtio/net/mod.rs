@@ -336,8 +336,9 @@ impl Backend for Net {
         waits.then(|| (self.port.as_fd(), host_end.wanted))
     }
 
-    fn save(&self, instance: u32) -> StateSection {
-        StateSection::encode(instance, &VirtioNetV1 { mac: self.mac })
+    fn save(&self, instance: u32) -> Option<StateSection> {
+        let mac = self.mac;
+        Some(StateSection::encode(instance, &VirtioNetV1 { mac }))
     }
 
     fn restore(&self, instance: u32, state: &mut StateSet) -> Result<(), StateError> {
