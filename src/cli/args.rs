@@ -51,6 +51,8 @@ pub(super) enum Command {
     Checkpoint(CheckpointArgs),
     /// Runs a virtual machine from an image.
     Restore(RestoreArgs),
+    /// Runs several virtual machines from one image, which share its memory until they write it.
+    Clone(CloneArgs),
     /// Puts a running domain back to an image, in place.
     Rewind(RewindArgs),
     /// Lists the running domains.
@@ -143,8 +145,51 @@ pub(super) struct RestoreArgs {
     /// only what was written since the image.
     #[arg(long)]
     pub track: bool,
+    /// Where the process that started this one has the image's memory.
+    #[arg(
+        long,
+        hide = true,
+        value_name = "PATH",
+        requires = "shared_root",
+        conflicts_with = "detach"
+    )]
+    pub shared_memory: Option<PathBuf>,
+    /// Root digest of the image whose memory that is.
+    #[arg(long, hide = true, value_name = "DIGEST")]
+    pub shared_root: Option<String>,
     #[command(flatten)]
     pub worker: WorkerArgs,
+}
+
+/// Most domains that are started from an image by one command.
+const CLONES_MAX: i64 = 256;
+
+#[derive(Debug, Args)]
+pub(super) struct CloneArgs {
+    /// Image file, or a directory: then its newest image.
+    pub image: PathBuf,
+    /// How many domains to start.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=CLONES_MAX))]
+    pub count: u32,
+    /// What the domains are called, with -1, -2 and so on behind it [default: as the one saved].
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Do not let the vCPUs start; `resume` does.
+    #[arg(long)]
+    pub paused: bool,
+    /// Threads that read and check the image [default: one a core, 8 at most].
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Write the image's disks to new files for each domain, in a directory of its name in this
+    /// one. Needed where the image has disks.
+    #[arg(long, value_name = "DIR")]
+    pub disks: Option<PathBuf>,
+    /// What becomes of the time since the checkpoint.
+    #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
+    pub clock: ClockArg,
+    /// Track the guests' writes from their first ones on, for `checkpoint --incremental`.
+    #[arg(long)]
+    pub track: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod clone;
 mod console_log;
 mod demo;
 mod domain;
@@ -64,6 +65,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Run(args) => return worker::run(&context, &args),
         Command::Restore(args) => return worker::restore(&context, &args),
         Command::Checkpoint(args) => domain::checkpoint(&context, &args)?,
+        Command::Clone(args) => clone::run(&context, &args)?,
         Command::Rewind(args) => domain::rewind(&context, &args)?,
         Command::List => domain::list(&context)?,
         Command::Status(args) => domain::status(&context, &args.name)?,

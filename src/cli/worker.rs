@@ -19,7 +19,7 @@ use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
     BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, FinalState, Image,
-    RestoreOptions, RuntimeDir, TerminationSignals,
+    RestoreOptions, RuntimeDir, SharedMemory, TerminationSignals,
 };
 
 /// How long a detached domain may take until its control socket answers: restoring tens of
@@ -33,7 +33,7 @@ const ANSWER_POLL: Duration = Duration::from_millis(5);
 const LOG_TAIL_BYTES: usize = 2000;
 
 #[derive(Serialize)]
-struct Started {
+pub(super) struct Started {
     name: String,
     uuid: Uuid,
     pid: u32,
@@ -53,7 +53,7 @@ impl Started {
         }
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let mut text = format!("Domain {} runs in process {}", self.name, self.pid);
         if let Some(us) = self.restore_us {
             text += &format!(" (restored in {})", micros(us));
@@ -119,6 +119,9 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     options.new_name = new_name;
     options.track = args.track;
     options.lazy = args.lazy;
+    if let (Some(path), Some(root)) = (&args.shared_memory, &args.shared_root) {
+        options.shared = Some(SharedMemory::open(path, root)?);
+    }
     let domain = Arc::new(Domain::restore(
         &args.image,
         &options,
@@ -215,26 +218,61 @@ fn detach(
     name: &str,
     args: Vec<std::ffi::OsString>,
 ) -> anyhow::Result<ExitCode> {
-    let runtime = context.runtime()?;
-    let log = runtime.path().join(format!("{name}.log"));
-    let log_file =
-        File::create(&log).with_context(|| format!("could not write {}", log.display()))?;
-    let program = std::env::current_exe().context("could not find this program's own file")?;
-    let mut child = std::process::Command::new(program)
-        .arg("--runtime-dir")
-        .arg(&context.runtime_dir)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(log_file.try_clone()?)
-        .stderr(log_file)
-        // A terminal's signals are not for the domain.
-        .process_group(0)
-        .spawn()
-        .context("could not start the domain's process")?;
-    let mut client = wait_for(&runtime, name, &mut child, &log, DETACH_TIMEOUT)?;
-    let started = Started::new(client.status()?, None);
+    let started = Detached::spawn(context, name, args)?.answer(context)?;
     context.output.print(&started, Started::text);
     Ok(ExitCode::SUCCESS)
+}
+
+/// A domain's process that runs in the background.
+pub(super) struct Detached {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Detached {
+    /// Starts this program again with `args`, which have it run the domain `name`.
+    pub(super) fn spawn(
+        context: &Context,
+        name: &str,
+        args: Vec<std::ffi::OsString>,
+    ) -> anyhow::Result<Self> {
+        let log = context.runtime()?.path().join(format!("{name}.log"));
+        let log_file =
+            File::create(&log).with_context(|| format!("could not write {}", log.display()))?;
+        let program = std::env::current_exe().context("could not find this program's own file")?;
+        let child = std::process::Command::new(program)
+            .arg("--runtime-dir")
+            .arg(&context.runtime_dir)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(log_file.try_clone()?)
+            .stderr(log_file)
+            // A terminal's signals are not for the domain.
+            .process_group(0)
+            .spawn()
+            .context("could not start the domain's process")?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log,
+        })
+    }
+
+    /// Waits until the domain answers.
+    pub(super) fn answer(mut self, context: &Context) -> anyhow::Result<Started> {
+        let runtime = context.runtime()?;
+        let child = &mut self.child;
+        let mut client = wait_for(&runtime, &self.name, child, &self.log, DETACH_TIMEOUT)?;
+        Ok(Started::new(client.status()?, None))
+    }
+
+    /// Ends the process.
+    pub(super) fn kill(mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
 }
 
 /// Waits until the process `child`, whose errors go to `log`, answers for the domain `name`.

@@ -126,6 +126,7 @@ fn memory(config: &domain::MemoryConfig) -> MemorySpec {
         backing,
         preallocate: config.preallocate.unwrap_or(false),
         locked: config.locked,
+        shared: None,
     }
 }
 

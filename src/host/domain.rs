@@ -23,7 +23,7 @@ use crate::host::image::default_threads;
 use crate::host::watch::Watchers;
 use crate::host::{
     CheckpointRequest, DomainEvents, EndReason, FinalState, Happening, HostError, Image, Job,
-    MachineState, RewindSummary, RuntimeDir, Watch, machine_facts,
+    MachineState, RewindSummary, RuntimeDir, SharedMemory, Watch, machine_facts,
 };
 use crate::host::{lazy, rewind};
 use crate::kvmstate::ClockPolicy;
@@ -91,6 +91,8 @@ pub struct RestoreOptions {
     pub track: bool,
     /// Whether the guest runs at once, and its memory comes as it is touched.
     pub lazy: bool,
+    /// The image's memory, where others start from it too: pages are shared until they are written.
+    pub shared: Option<SharedMemory>,
 }
 
 impl Default for RestoreOptions {
@@ -102,6 +104,7 @@ impl Default for RestoreOptions {
             disks: DiskRestore::InPlace,
             track: false,
             lazy: false,
+            shared: None,
         }
     }
 }
@@ -214,7 +217,7 @@ impl Domain {
         let mut spec = machine_spec(&config, &options.builtin_kernels)?;
         options.attach_consoles(&mut spec)?;
         spec.clock.after_restore = restore.clock;
-        if restore.lazy {
+        if restore.lazy && restore.shared.is_none() {
             let reader = Arc::new(image.into_reader());
             let machine = lazy::restore(&reader, spec, restore.track)?;
             return Ok(Self::restored(
@@ -222,12 +225,17 @@ impl Domain {
             ));
         }
         let state = reader.sections()?;
-        let unfilled = Machine::build_for_restore(spec)?;
-        let fill = eager::FillOptions {
-            threads: restore.threads,
-            memory_is_fresh: true,
+        let unfilled = if let Some(shared) = &restore.shared {
+            shared.build(reader, &config, spec)?
+        } else {
+            let unfilled = Machine::build_for_restore(spec)?;
+            let fill = eager::FillOptions {
+                threads: restore.threads,
+                memory_is_fresh: true,
+            };
+            eager::fill(reader, unfilled.regions(), &fill)?;
+            unfilled
         };
-        eager::fill(reader, unfilled.regions(), &fill)?;
         let machine = if restore.track {
             unfilled.finish_tracked(state)?
         } else {
@@ -733,7 +741,7 @@ fn interfaces_of(machine: &Machine) -> Vec<InterfaceUse> {
     .collect()
 }
 
-fn parse(xml: &str) -> Result<DomainConfig, HostError> {
+pub(super) fn parse(xml: &str) -> Result<DomainConfig, HostError> {
     DomainConfig::parse(xml).map_err(refused)
 }
 

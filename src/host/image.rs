@@ -54,6 +54,17 @@ impl Image {
         self.reader
     }
 
+    /// Returns the path of the image's file.
+    pub fn path(&self) -> &Path {
+        self.reader.path()
+    }
+
+    /// Returns the names of the disks whose content is in the image.
+    pub fn disk_names(&self) -> Vec<&str> {
+        let disks = self.reader.manifest().disks.iter();
+        disks.map(|disk| disk.name.as_str()).collect()
+    }
+
     /// Returns the name of the domain that was saved.
     pub fn name(&self) -> &str {
         &self.reader.manifest().guest.name

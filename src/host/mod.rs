@@ -16,6 +16,7 @@ mod lazy;
 mod request;
 mod rewind;
 mod runtime;
+mod shared_memory;
 mod watch;
 
 use crate::kvmstate;
@@ -50,6 +51,7 @@ pub use request::{
 };
 pub use rewind::RewindSummary;
 pub use runtime::RuntimeDir;
+pub use shared_memory::SharedMemory;
 pub use watch::{Happening, NOTICES_MAX, Notice, Watch, Watched};
 
 /// Fails where this host cannot run machines, and says what it lacks.

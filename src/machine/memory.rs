@@ -21,6 +21,7 @@ use crate::guest::{Backing, HostWrites, MemoryRegion};
 use crate::machine::spec::{BackingSpec, MemorySpec};
 use crate::page::{Gfn, PAGE_BYTES};
 use crate::sys::anon;
+use crate::sys::frozen::{self, Freezer, FrozenMemory};
 use crate::sys::mapping::GuestMapping;
 
 /// Where the hole for devices below 4 GiB starts.
@@ -67,6 +68,14 @@ pub enum MemoryError {
     HugePageSize {
         /// The size asked for.
         page_bytes: u64,
+    },
+    /// What is shared is the memory of another machine.
+    #[error("the shared memory has {found} bytes, the machine {needed}")]
+    OtherSize {
+        /// Bytes that are shared.
+        found: u64,
+        /// Bytes of the machine's memory.
+        needed: u64,
     },
     /// A call failed.
     #[error("could not {what} {bytes} bytes of guest memory{hint}")]
@@ -257,7 +266,10 @@ impl GuestRam {
         }
         let ranges: Vec<MemoryRegion> = (0..)
             .zip(layout(spec.bytes))
-            .map(|(number, (gpa, bytes))| map_range(spec, number, gpa, bytes))
+            .map(|(number, (gpa, bytes))| match &spec.shared {
+                Some(frozen) => map_shared(frozen, spec.bytes, number, gpa, bytes),
+                None => map_range(spec, number, gpa, bytes),
+            })
             .collect::<Result<_, _>>()?;
         let regions = divide(&ranges, slot_bytes(spec.bytes, page_bytes));
         let writes = Arc::new(HostWrites::new(
@@ -320,11 +332,13 @@ impl GuestRam {
                 // Locked memory cannot be given back; `settle` locks it again.
                 unlock(&range.mapping)?;
             }
-            let advice = match range.backing {
-                Backing::Memfd => libc::MADV_REMOVE,
-                _ => libc::MADV_DONTNEED,
+            let discarded = match range.backing {
+                // It would read what it started as.
+                _ if self.spec.shared.is_some() => frozen::replace_by_zeros(&range.mapping),
+                Backing::Memfd => advise(&range.mapping, libc::MADV_REMOVE),
+                _ => advise(&range.mapping, libc::MADV_DONTNEED),
             };
-            advise(&range.mapping, advice).map_err(MemoryError::advice("discard", len))?;
+            discarded.map_err(MemoryError::advice("discard", len))?;
             drop(discard);
         }
         self.settle()
@@ -365,6 +379,62 @@ fn map_range(
         mapping,
         backing,
     })
+}
+
+/// Maps the range at `gpa` of memory that others map too.
+///
+/// For the engine it is a memfd: a page that is in no page table need not be zeros.
+fn map_shared(
+    frozen: &FrozenMemory,
+    total: u64,
+    number: u32,
+    gpa: u64,
+    bytes: u64,
+) -> Result<MemoryRegion, MemoryError> {
+    if frozen.len() as u64 != total {
+        return Err(MemoryError::OtherSize {
+            found: frozen.len() as u64,
+            needed: total,
+        });
+    }
+    let len = usize::try_from(bytes).expect("a part of a size that fits usize");
+    // One range after the other, without the hole.
+    let offset = usize::try_from(gpa.min(HOLE_START)).expect("a part of the same");
+    let mapping = frozen
+        .map_private(offset, len)
+        .map_err(MemoryError::advice("map", len))?;
+    Ok(MemoryRegion {
+        slot: number,
+        start: Gfn::containing(gpa),
+        page_count: bytes / PAGE_BYTES as u64,
+        mapping,
+        backing: Backing::Memfd,
+    })
+}
+
+/// Maps memory that is to be shared by machines of this size, for whoever fills it: the regions are
+/// those of a machine. They are dropped before it is frozen.
+pub fn to_be_shared(bytes: u64) -> Result<(Freezer, Vec<MemoryRegion>), MemoryError> {
+    let failed = |what| MemoryError::advice(what, usize::try_from(bytes).unwrap_or(usize::MAX));
+    let total = usize::try_from(bytes).map_err(|_| MemoryError::Size {
+        bytes,
+        page_bytes: PAGE_BYTES as u64,
+    })?;
+    let freezer = Freezer::new(total).map_err(failed("make a memfd for"))?;
+    let mut ranges = Vec::new();
+    for (slot, (gpa, len)) in (0..).zip(layout(bytes)) {
+        let offset = usize::try_from(gpa.min(HOLE_START)).expect("a part of the total");
+        let len = usize::try_from(len).expect("a part of the total");
+        ranges.push(MemoryRegion {
+            slot,
+            start: Gfn::containing(gpa),
+            page_count: (len / PAGE_BYTES) as u64,
+            mapping: freezer.map(offset, len).map_err(failed("map"))?,
+            backing: Backing::Memfd,
+        });
+    }
+    let regions = divide(&ranges, slot_bytes(bytes, PAGE_BYTES as u64));
+    Ok((freezer, regions))
 }
 
 /// Keeps memory from child processes and core dumps, as [`anon::map_anonymous`] does.
@@ -533,6 +603,7 @@ mod tests {
             backing,
             preallocate: false,
             locked: false,
+            shared: None,
         }
     }
 

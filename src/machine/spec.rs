@@ -10,6 +10,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::kvmstate::ClockPolicy;
+use crate::sys::frozen::FrozenMemory;
 
 /// Everything that a machine is made from.
 #[derive(Clone, Debug)]
@@ -51,6 +52,7 @@ impl MachineSpec {
                 backing: BackingSpec::Anonymous,
                 preallocate: false,
                 locked: false,
+                shared: None,
             },
             cpu: CpuSpec {
                 vcpu_count: 1,
@@ -78,6 +80,8 @@ pub struct MemorySpec {
     pub preallocate: bool,
     /// Whether it is locked into the host's memory.
     pub locked: bool,
+    /// What it starts as, in the place of `backing`: pages are shared until they are written.
+    pub shared: Option<Arc<FrozenMemory>>,
 }
 
 /// What backs guest memory.

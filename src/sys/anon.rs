@@ -12,9 +12,16 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use crate::sys::mapping::GuestMapping;
 
 /// Unmaps its range when dropped.
-struct Unmapper {
+pub(super) struct Unmapper {
     address: usize,
     len: usize,
+}
+
+impl Unmapper {
+    /// Takes charge of a range that was just mapped and that nothing else unmaps.
+    pub(super) fn new(address: usize, len: usize) -> Self {
+        Self { address, len }
+    }
 }
 
 impl Drop for Unmapper {
@@ -86,7 +93,7 @@ fn advise_inside(
     advise(mapping.hva() + offset, len, advice)
 }
 
-fn advise(address: usize, len: usize, advice: Advice) -> io::Result<()> {
+pub(super) fn advise(address: usize, len: usize, advice: Advice) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }

@@ -4,6 +4,7 @@
 
 pub mod anon;
 pub mod event;
+pub mod frozen;
 pub mod kvm;
 pub mod kvm_run;
 pub mod lock;

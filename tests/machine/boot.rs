@@ -21,6 +21,7 @@ fn ram() -> GuestRam {
         backing: BackingSpec::Anonymous,
         preallocate: false,
         locked: false,
+        shared: None,
     })
     .unwrap()
 }

@@ -76,6 +76,7 @@ fn a_pvh_entry_outside_of_the_kernel_is_refused() {
         backing: BackingSpec::Anonymous,
         preallocate: false,
         locked: false,
+        shared: None,
     })
     .unwrap();
     let load = |entry| {

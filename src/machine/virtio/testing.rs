@@ -33,6 +33,7 @@ pub fn ram() -> Arc<GuestRam> {
         backing: BackingSpec::AnonymousSmallPages,
         preallocate: false,
         locked: false,
+        shared: None,
     };
     Arc::new(GuestRam::new(&spec).unwrap())
 }
