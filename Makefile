@@ -49,7 +49,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long test-packages lab lint bench header install install-built uninstall vendor deb setup setup-test setup-deb clean
+.PHONY: help build demo test test-long test-packages lab lint bench header install install-built uninstall vendor dist deb setup setup-test setup-deb clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -143,6 +143,12 @@ install-built: # what is in $(BUILT); builds nothing
 
 vendor: ## every crate that a build needs, in vendor/, for builds without the network
 	$(CARGO) vendor --locked --versioned-dirs vendor >/dev/null
+
+dist: vendor ## the source and the crates as archives, in $(TARGET)/dist
+	mkdir -p $(TARGET)/dist
+	git archive --prefix=livepoint-$(VERSION)/ HEAD | xz -T0 > $(TARGET)/dist/livepoint-$(VERSION).tar.xz
+	tar --create --sort=name --mtime=@$$(git log -1 --format=%ct) --owner=0 --group=0 \
+		--numeric-owner --mode=go=rX vendor | xz -T0 > $(TARGET)/dist/livepoint-$(VERSION)-vendor.tar.xz
 
 deb: setup-deb ## Debian packages, in $(TARGET)/deb, from vendored crates
 	CARGO="$(CARGO)" packaging/make-deb $(TARGET)/deb

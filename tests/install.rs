@@ -258,6 +258,26 @@ fn every_exported_function_has_a_man_page_and_no_page_has_a_mistake() {
 }
 
 #[test]
+fn bash_completes_commands_and_their_options() {
+    let dir = tempfile::tempdir().unwrap();
+    let destination = install(dir.path());
+    let complete = |words: &str, current: &str| {
+        let completion = destination.join("usr/share/bash-completion/completions/livepoint");
+        // What bash itself sets when the tabulator is pressed.
+        let script = format!(
+            "source {}; COMP_WORDS=({words} {current}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+             _livepoint livepoint {current} ''; echo \"${{COMPREPLY[*]}}\"",
+            completion.display()
+        );
+        let answer = run(Command::new("bash").args(["--norc", "-c", &script]));
+        String::from_utf8(answer.stdout).unwrap()
+    };
+    assert_eq!(complete("livepoint", "che").trim(), "checkpoint");
+    let options = complete("livepoint checkpoint", "--max-d");
+    assert_eq!(options.trim(), "--max-downtime");
+}
+
+#[test]
 fn man_pages_are_the_same_for_the_same_day() {
     let dir = tempfile::tempdir().unwrap();
     let pages = |name: &str, epoch: &str| {
