@@ -75,13 +75,19 @@ fn live_form_describes_the_same_machine() {
             None,
         ],
         taps: vec![None],
+        ..LiveInfo::default()
     };
     for path in documents("good") {
         let xml = fs::read_to_string(&path).unwrap();
         let config = DomainConfig::parse(&xml).unwrap();
         let text = config.to_xml(XmlView::Live(&live));
         assert!(text.contains("<domain type='kvm' id='12'"), "{text}");
-        assert_eq!(DomainConfig::parse(&text).unwrap(), config, "{text}");
+        let mut same = config.clone();
+        if let Some(balloon) = same.machine.devices.pci.balloon_mut() {
+            // The live form has what the guest uses now, which is all.
+            balloon.current = None;
+        }
+        assert_eq!(DomainConfig::parse(&text).unwrap(), same, "{text}");
     }
 }
 

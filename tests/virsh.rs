@@ -556,3 +556,39 @@ fn an_interface_is_listed_with_its_tap_and_tells_what_passed_it() {
         !std::path::Path::new(&gone).exists()
     });
 }
+
+#[test]
+fn a_guest_with_a_balloon_can_be_asked_for_memory_and_one_without_cannot() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let file = daemon.domain("b", "echo", 64, "<console type='pty'/>");
+    let xml = fs::read_to_string(&file).unwrap();
+    let balloon = "<memballoon model='virtio' freePageReporting='on'/>";
+    fs::write(&file, xml.replace("<memballoon model='none'/>", balloon)).unwrap();
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    daemon.ok(&["start", "b"]);
+    daemon.ok(&["setmem", "b", "32768", "--live"]);
+    // The built-in guest has no driver for it: it gives nothing.
+    assert!(
+        daemon
+            .ok(&["dominfo", "b"])
+            .contains("Used memory:    65536 KiB")
+    );
+    assert!(daemon.ok(&["dommemstat", "b"]).contains("actual 65536"));
+    let more = daemon.refused(&["setmem", "b", "65540", "--live"]);
+    assert!(more.contains("higher than max memory"), "{more}");
+    daemon.ok(&["setmem", "b", "49152", "--config"]);
+    let inactive = daemon.ok(&["dumpxml", "--inactive", "b"]);
+    let current = "<currentMemory unit='KiB'>49152</currentMemory>";
+    assert!(inactive.contains(current), "{inactive}");
+    assert!(
+        inactive.contains("<memory unit='KiB'>65536</memory>"),
+        "{inactive}"
+    );
+    daemon.define_echo("plain");
+    daemon.ok(&["start", "plain"]);
+    let none = daemon.refused(&["setmem", "plain", "32768", "--live"]);
+    assert!(none.contains("without the balloon"), "{none}");
+}

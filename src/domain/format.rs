@@ -7,7 +7,7 @@ use super::cpu::CpuMode;
 use super::device::{SerialBackend, SerialPort};
 use super::document::Element;
 use super::interface::HostInterface;
-use super::memory::MemorySource;
+use super::memory::{MemorySize, MemorySource};
 use super::rules::{is_honoured, rank};
 use super::values::{BuiltinName, HostPath, KernelSource};
 use super::{DomainConfig, MachineConfig, format_pci};
@@ -21,6 +21,8 @@ pub struct LiveInfo {
     pub ptys: Vec<Option<HostPath>>,
     /// Tap of each network interface that has one, in the order of their slots.
     pub taps: Vec<Option<HostInterface>>,
+    /// Memory that the guest has given back by its balloon, in KiB.
+    pub given_kib: u64,
 }
 
 /// Which form of a document to write.
@@ -88,7 +90,7 @@ pub(super) fn document(config: &DomainConfig, view: XmlView<'_>) -> String {
         root = root.with(&format!("xmlns:{prefix}"), namespace);
     }
     identity(&mut root, config);
-    machine(&mut root, &config.machine);
+    machine(&mut root, &config.machine, view);
     let lifecycle = &config.lifecycle;
     root.push_text("on_poweroff", lifecycle.on_poweroff.name());
     root.push_text("on_reboot", lifecycle.on_reboot.name());
@@ -141,9 +143,15 @@ fn identity(root: &mut Element, config: &DomainConfig) {
     }
 }
 
-fn machine(root: &mut Element, machine: &MachineConfig) {
+fn machine(root: &mut Element, machine: &MachineConfig, view: XmlView<'_>) {
     let kib = machine.memory.size().kib();
-    for name in ["memory", "currentMemory"] {
+    let balloon = machine.devices.pci.balloon();
+    let current = balloon.and_then(|balloon| balloon.current);
+    let current = match (view.live(), balloon) {
+        (Some(live), Some(_)) => kib.saturating_sub(live.given_kib),
+        _ => current.map_or(kib, MemorySize::kib),
+    };
+    for (name, kib) in [("memory", kib), ("currentMemory", current)] {
         root.push(Element::new(name).with("unit", "KiB").with_text(kib));
     }
     root.push(memory_backing(machine));
@@ -304,7 +312,9 @@ fn devices(machine: &MachineConfig, view: XmlView<'_>) -> Element {
         }
         devices.push(console);
     }
-    devices.push(Element::new("memballoon").with("model", "none"));
+    if machine.devices.pci.balloon().is_none() {
+        devices.push(Element::new("memballoon").with("model", "none"));
+    }
     devices
 }
 

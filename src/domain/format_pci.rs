@@ -1,5 +1,6 @@
 //! Writes the devices that are on PCI.
 
+use super::balloon::Balloon;
 use super::disk::{Disk, DiskSourceKind};
 use super::document::Element;
 use super::format::LiveInfo;
@@ -24,6 +25,7 @@ pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&Liv
                 let tap = live.and_then(|live| live.taps.get(number)?.as_ref());
                 (interface(described, tap), format!("net{number}"))
             }
+            PciDeviceKind::Balloon(described) => (balloon(described), "balloon0".to_owned()),
             PciDeviceKind::Rng(described) => {
                 rngs += 1;
                 (rng(*described), format!("rng{}", rngs - 1))
@@ -123,5 +125,18 @@ fn rng(rng: Rng) -> Element {
     let mut backend = Element::new("backend").with("model", "random");
     backend.text = rng.source.path().to_owned();
     element.push(backend);
+    element
+}
+
+fn balloon(balloon: &Balloon) -> Element {
+    let mut element = Element::new("memballoon").with("model", "virtio");
+    for (name, value) in [
+        ("autodeflate", balloon.auto_deflate),
+        ("freePageReporting", balloon.free_page_reporting),
+    ] {
+        if let Some(on) = value {
+            element = element.with(name, if on { "on" } else { "off" });
+        }
+    }
     element
 }

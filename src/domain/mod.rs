@@ -14,6 +14,7 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod balloon;
 mod clock;
 mod cpu;
 mod cpu_features;
@@ -41,6 +42,7 @@ mod values;
 
 use uuid::Uuid;
 
+pub use balloon::Balloon;
 pub use clock::{
     ClockBasis, ClockConfig, ClockOffset, TIMEZONE_BYTES_MAX, TickPolicy, TimeZoneName,
 };

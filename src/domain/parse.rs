@@ -7,7 +7,9 @@ use super::cpu::{CpuConfig, CpuMode, CpuModel, CpuTopology, FeaturePolicy, Vcpus
 use super::cpu_features::CpuFeature;
 use super::document::{Element, is_space};
 use super::error::{DomainError, Note, ValueError};
-use super::memory::{HugePageSize, MemoryConfig, MemorySize, MemorySource, unit_bytes};
+use super::memory::{
+    HugePageSize, MEMORY_BYTES_MULTIPLE, MemoryConfig, MemorySize, MemorySource, unit_bytes,
+};
 use super::parse_devices::devices;
 use super::rules::Survey;
 use super::values::{
@@ -158,6 +160,22 @@ fn lifecycle(root: &Element) -> Result<Lifecycle, DomainError> {
 fn machine(root: &Element, survey: &mut Survey) -> Result<MachineConfig, DomainError> {
     let memory = memory(root, survey)?;
     let cpu = cpu(root, survey)?;
+    let mut devices = devices(root)?;
+    if let (Some(element), Some(bytes)) = (root.child("currentMemory"), current_memory(root)?) {
+        // Whole pages; less than there are.
+        let bytes = bytes - bytes % MEMORY_BYTES_MULTIPLE;
+        match devices.pci.balloon_mut() {
+            Some(balloon) if bytes < memory.size().bytes() => {
+                let size = MemorySize::from_bytes(bytes);
+                balloon.current = Some(size.map_err(|error| element.refuse(TEXT, error))?);
+            }
+            None if bytes < memory.size().bytes() => survey.tell(
+                element,
+                "there is no balloon: the guest has all of <memory>",
+            ),
+            _ => {}
+        }
+    }
     Ok(MachineConfig {
         memory,
         vcpus: vcpus(root)?,
@@ -166,8 +184,17 @@ fn machine(root: &Element, survey: &mut Survey) -> Result<MachineConfig, DomainE
         clock: root
             .child("clock")
             .map_or(Ok(ClockConfig::default()), clock)?,
-        devices: devices(root)?,
+        devices,
     })
+}
+
+/// Reads how much memory the guest is to use at its start, in bytes.
+fn current_memory(root: &Element) -> Result<Option<u64>, DomainError> {
+    let Some(current) = root.child("currentMemory") else {
+        return Ok(None);
+    };
+    let bytes = scaled(current, TEXT, &current.text, "KiB")?;
+    Ok(Some(bytes.checked_next_multiple_of(1024).unwrap_or(bytes)))
 }
 
 fn memory(root: &Element, survey: &mut Survey) -> Result<MemoryConfig, DomainError> {
@@ -175,20 +202,12 @@ fn memory(root: &Element, survey: &mut Survey) -> Result<MemoryConfig, DomainErr
         return Err(root.missing("<memory>", ""));
     };
     let size = memory_size(memory)?;
-    if let Some(current) = root.child("currentMemory") {
-        let bytes = scaled(current, TEXT, &current.text, "KiB")?;
-        let bytes = bytes.checked_next_multiple_of(1024).unwrap_or(bytes);
-        if bytes > size.bytes() {
-            let kib = (bytes / 1024, size.kib());
-            let reason = format!("{} KiB are more than the {} KiB of <memory>", kib.0, kib.1);
-            return Err(current.conflict(reason));
-        }
-        if bytes < size.bytes() {
-            survey.tell(
-                current,
-                "there is no balloon: the guest has all of <memory>",
-            );
-        }
+    if let (Some(current), Some(bytes)) = (root.child("currentMemory"), current_memory(root)?)
+        && bytes > size.bytes()
+    {
+        let kib = (bytes / 1024, size.kib());
+        let reason = format!("{} KiB are more than the {} KiB of <memory>", kib.0, kib.1);
+        return Err(current.conflict(reason));
     }
     let mut config = MemoryConfig::new(size);
     let Some(backing) = root.child("memoryBacking") else {

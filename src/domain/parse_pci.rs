@@ -1,5 +1,6 @@
 //! Interprets the devices that are on PCI.
 
+use super::balloon::Balloon;
 use super::device::SerialPorts;
 use super::disk::{Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget};
 use super::document::Element;
@@ -24,6 +25,9 @@ pub(super) fn pci_devices(
             "disk" => PciDeviceKind::Disk(disk(element)?),
             "interface" => PciDeviceKind::Interface(interface(element)?),
             "rng" => PciDeviceKind::Rng(rng(element)?),
+            "memballoon" if element.attribute("model") != Some("none") => {
+                PciDeviceKind::Balloon(balloon(element))
+            }
             _ => continue,
         };
         let alias = user_alias(element)?;
@@ -211,4 +215,14 @@ fn rng(element: &Element) -> Result<Rng, DomainError> {
     let rate = RngRate::new(bytes, period).map_err(|error| rate.refuse("rate", error))?;
     let rate = Some(rate);
     Ok(Rng { source, rate })
+}
+
+/// Reads a balloon, but for how large it is.
+fn balloon(element: &Element) -> Balloon {
+    let is_on = |what| element.attribute(what).map(|text| text == "on");
+    Balloon {
+        free_page_reporting: is_on("freePageReporting"),
+        auto_deflate: is_on("autodeflate"),
+        current: None,
+    }
 }

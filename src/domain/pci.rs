@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::balloon::Balloon;
 use super::device::UserAlias;
 use super::disk::Disk;
 use super::error::ValueError;
@@ -47,6 +48,8 @@ pub enum PciDeviceKind {
     Interface(Interface),
     /// A source of random numbers.
     Rng(Rng),
+    /// A balloon; a machine has at most one.
+    Balloon(Balloon),
 }
 
 /// A device on PCI.
@@ -145,6 +148,23 @@ impl PciDevices {
             })
     }
 
+    /// Returns the balloon.
+    pub fn balloon(&self) -> Option<&Balloon> {
+        self.0.values().find_map(|device| match &device.kind {
+            PciDeviceKind::Balloon(balloon) => Some(balloon),
+            _ => None,
+        })
+    }
+
+    /// Returns the balloon, to be changed.
+    pub fn balloon_mut(&mut self) -> Option<&mut Balloon> {
+        let mut devices = self.0.values_mut();
+        devices.find_map(|device| match &mut device.kind {
+            PciDeviceKind::Balloon(balloon) => Some(balloon),
+            _ => None,
+        })
+    }
+
     /// Returns the network interfaces by slot.
     pub fn interfaces(&self) -> impl Iterator<Item = (PciSlot, &Interface)> {
         self.iter()
@@ -171,6 +191,9 @@ fn check_together(one: &PciDevice, other: &PciDevice) -> Result<(), ValueError> 
     match (&one.kind, &other.kind) {
         (PciDeviceKind::Disk(one), PciDeviceKind::Disk(other)) => one.check_beside(other),
         (PciDeviceKind::Interface(one), PciDeviceKind::Interface(other)) => one.check_beside(other),
+        (PciDeviceKind::Balloon(_), PciDeviceKind::Balloon(_)) => {
+            Err(ValueError::new("memballoon", "the only balloon"))
+        }
         _ => Ok(()),
     }
 }

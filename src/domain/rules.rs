@@ -162,6 +162,8 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         table_pci::RNG,
         table_pci::RNG_PLACE,
         table_devices::REST,
+        table_pci::BALLOON,
+        table_pci::BALLOON_PLACE,
         table::SECURITY,
     ];
     tables.into_iter().flatten()

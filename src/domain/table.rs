@@ -52,7 +52,8 @@ pub(super) const DOMAIN: &[Rule] = &[
     .only(&["off"]),
     Rule::accepted(
         "domain/currentMemory",
-        "may not exceed <memory>; with no balloon the guest has all of <memory>, which is shown",
+        "may not exceed <memory>; with a balloon how much of it the guest is to use at its start, \
+         else it has all of it, which is shown",
     )
     .text()
     .dropped(),

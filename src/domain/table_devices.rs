@@ -155,12 +155,6 @@ pub(super) const REST: &[Rule] = &[
         .many(),
     Rule::accepted("domain/devices/audio@id", ""),
     Rule::accepted("domain/devices/audio@type", "sound is not supported yet").only(&["none"]),
-    Rule::honoured("domain/devices/memballoon", "no machine has one").needs(&["model"]),
-    Rule::honoured(
-        "domain/devices/memballoon@model",
-        "a balloon is not supported yet: write model='none'",
-    )
-    .only(&["none"]),
     // Devices to come.
     Rule::refused("domain/devices/channel", NOT_YET),
     Rule::refused("domain/devices/parallel", NOT_YET),

@@ -276,3 +276,26 @@ pub(super) const RNG: &[Rule] = &[
     .only(&["random"]),
     Rule::refused("domain/devices/rng/driver", NOT_TUNED),
 ];
+
+pub(super) const BALLOON_PLACE: &[Rule] = placed!("domain/devices/memballoon");
+
+pub(super) const BALLOON: &[Rule] = &[
+    Rule::honoured(
+        "domain/devices/memballoon",
+        "memory that the guest gives back, when it is asked to; none where there is none",
+    )
+    .needs(&["model"]),
+    Rule::honoured("domain/devices/memballoon@model", "the only one").only(&["virtio", "none"]),
+    Rule::honoured(
+        "domain/devices/memballoon@autodeflate",
+        "the guest takes memory back before it has none left",
+    )
+    .only(&["on", "off"]),
+    Rule::honoured(
+        "domain/devices/memballoon@freePageReporting",
+        "the guest gives back what it does not use, by itself; it is not in images then",
+    )
+    .only(&["on", "off"]),
+    Rule::refused("domain/devices/memballoon/stats", NOT_TUNED),
+    Rule::refused("domain/devices/memballoon/driver", NOT_TUNED),
+];

@@ -9,9 +9,10 @@ use crate::domain::{
 use crate::host::{BuiltinKernel, HostError};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::spec::{
-    BackingSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec, EndAction,
-    FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, NetPort, NetSpec,
-    PciDevice, PciDeviceSpec, RngRate, RngSpec, SerialBackend, SerialSpec, Source, TopologySpec,
+    BackingSpec, BalloonSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec,
+    EndAction, FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, NetPort,
+    NetSpec, PciDevice, PciDeviceSpec, RngRate, RngSpec, SerialBackend, SerialSpec, Source,
+    TopologySpec,
 };
 
 /// Mode of a console's pty: its owner reads and writes, as virsh console does.
@@ -41,7 +42,7 @@ pub(super) fn machine_spec(
             backend: backend(&serial.backend),
         })
         .collect();
-    spec.pci = pci_devices(&machine.devices.pci);
+    spec.pci = pci_devices(&machine.devices.pci, &machine.memory);
     spec.clock = ClockSpec {
         after_restore: ClockPolicy::Continue,
         rtc_offset_seconds: rtc_offset(&machine.clock.offset)?,
@@ -317,7 +318,7 @@ fn backend(backend: &domain::SerialBackend) -> SerialBackend {
     }
 }
 
-fn pci_devices(devices: &domain::PciDevices) -> Vec<PciDeviceSpec> {
+fn pci_devices(devices: &domain::PciDevices, memory: &domain::MemoryConfig) -> Vec<PciDeviceSpec> {
     let mut nets = 0;
     let mut made = Vec::new();
     for (slot, device) in devices.iter() {
@@ -327,6 +328,13 @@ fn pci_devices(devices: &domain::PciDevices) -> Vec<PciDeviceSpec> {
                 nets += 1;
                 PciDevice::Net(net_spec(interface, nets - 1))
             }
+            domain::PciDeviceKind::Balloon(balloon) => PciDevice::Balloon(BalloonSpec {
+                free_page_reporting: balloon.free_page_reporting.unwrap_or(false),
+                auto_deflate: balloon.auto_deflate.unwrap_or(false),
+                wanted_bytes: balloon.current.map_or(0, |current| {
+                    memory.size().bytes().saturating_sub(current.bytes())
+                }),
+            }),
             domain::PciDeviceKind::Rng(rng) => PciDevice::Rng(RngSpec {
                 source: rng.source.path().into(),
                 rate: rng.rate.map(|rate| RngRate {

@@ -432,6 +432,7 @@ impl Domain {
         let machine = inner.machine.as_ref();
         let disks = machine.map(|machine| disks_of(machine));
         let interfaces = machine.map(|machine| interfaces_of(machine));
+        let given_bytes = machine.and_then(|machine| machine.given_bytes());
         drop(inner);
         Status {
             name: self.name().to_owned(),
@@ -441,6 +442,7 @@ impl Domain {
             state,
             vcpus: u32::from(self.config.machine.vcpus.count()),
             memory_bytes: self.config.machine.memory.size().bytes(),
+            given_bytes,
             consoles: self.consoles(),
             disks: disks.unwrap_or_default(),
             interfaces: interfaces.unwrap_or_default(),
@@ -451,6 +453,24 @@ impl Domain {
     /// Returns the domain's number among those that run.
     pub fn id(&self) -> u32 {
         self.options.id.unwrap_or_else(std::process::id)
+    }
+
+    /// Asks the guest to use `bytes` of its memory, and give the rest back by its balloon. The guest
+    /// decides whether, and takes its time: [`Domain::status`] says how much it has given.
+    pub fn set_memory(&self, bytes: u64) -> Result<(), HostError> {
+        let machine = self.machine()?;
+        let all = self.config.machine.memory.size().bytes();
+        let Some(given) = all.checked_sub(bytes) else {
+            return Err(HostError::Invalid(format!(
+                "{bytes} bytes are more than the {all} bytes of the domain's memory"
+            )));
+        };
+        if machine.ask_for_memory(given) {
+            return Ok(());
+        }
+        Err(HostError::Unsupported(
+            "the domain has no balloon: <memballoon model='virtio'/> makes one".to_owned(),
+        ))
     }
 
     /// Replaces what the document says besides the machine. Images keep what it was made with.
@@ -527,6 +547,7 @@ impl Domain {
             id: self.id(),
             ptys,
             taps,
+            given_kib: machine.given_bytes().unwrap_or(0) / 1024,
         }))
     }
 

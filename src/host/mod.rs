@@ -23,7 +23,9 @@ use crate::kvmstate;
 use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::Protocol;
-pub use crate::domain::{DomainConfig, DomainError, DomainName, VCPUS_MAX, Vcpus, XmlView};
+pub use crate::domain::{
+    DomainConfig, DomainError, DomainName, MemorySize, VCPUS_MAX, Vcpus, XmlView,
+};
 pub use crate::foreign::{
     ForeignError, ForeignGuest, GuestIdentity, Kick, KvmHandle, Passage, RegionSpec, SavedState,
     Vmm,

@@ -20,6 +20,7 @@ use super::pci::{KvmPlatform, PciBus, PciFunction, PciWindow, layout};
 use super::shared::{Asked, Devices, Parts, PowerOn, Shared};
 use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
 use super::vcpu::Vcpu;
+use super::virtio::balloon::Balloon;
 use super::virtio::blk::{Blk, Disk};
 use super::virtio::net::Net;
 use super::virtio::rng::Rng;
@@ -384,6 +385,7 @@ fn make_devices(
         virtio: virtio.devices,
         disks: virtio.disks,
         nets: virtio.nets,
+        balloon: virtio.balloon,
     };
     Ok((devices, ports, mmio))
 }
@@ -394,6 +396,7 @@ struct Virtio {
     devices: Vec<Arc<VirtioPci>>,
     disks: Vec<Arc<Disk>>,
     nets: Vec<Arc<Net>>,
+    balloon: Option<(Arc<Balloon>, Arc<VirtioPci>)>,
 }
 
 fn make_virtio(
@@ -404,6 +407,7 @@ fn make_virtio(
     let platform = Arc::new(KvmPlatform::new(vm.clone()));
     let mut virtio = Virtio::default();
     for PciDeviceSpec { slot, device } in &spec.pci {
+        let mut inflatable = None;
         let (name, backend): (_, Arc<dyn Backend>) = match device {
             PciDevice::Disk(disk) => {
                 let name = disk.name.clone();
@@ -432,9 +436,17 @@ fn make_virtio(
                 })?;
                 (slot.to_string(), Arc::new(opened))
             }
+            PciDevice::Balloon(balloon) => {
+                let made = Arc::new(Balloon::new(*balloon, ram.clone()));
+                inflatable = Some(made.clone());
+                (slot.to_string(), made)
+            }
         };
         let thread = format!("{}-{name}", backend.kind().name);
         let made = VirtioPci::new(*slot, &thread, backend, ram.clone(), platform.clone())?;
+        if let Some(balloon) = inflatable {
+            virtio.balloon = Some((balloon, made.clone()));
+        }
         virtio.devices.push(made);
     }
     Ok(virtio)

@@ -9,17 +9,18 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use crate::guest::{Backing, HostWrites, MemoryRegion};
+use crate::guest::{Backing, HostWrites, MemoryFill, MemoryRegion};
 use crate::machine::spec::{BackingSpec, MemorySpec};
-use crate::page::{Gfn, PAGE_BYTES};
+use crate::page::{Gfn, PAGE_BYTES, PageRun};
 use crate::sys::anon;
 use crate::sys::frozen::{self, Freezer, FrozenMemory};
 use crate::sys::mapping::GuestMapping;
@@ -129,6 +130,13 @@ pub struct MarkHostWritesPart<'a> {
     gpa: u64,
 }
 
+impl MarkHostWritesPart<'_> {
+    /// Returns where in guest memory the part begins.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+}
+
 impl<'a> WithBitmapSlice<'a> for MarkHostWrites {
     type S = MarkHostWritesPart<'a>;
 }
@@ -201,6 +209,8 @@ pub struct GuestRam {
     memory: GuestMemory,
     writes: Arc<HostWrites>,
     spec: MemorySpec,
+    /// What still fills memory.
+    filling: Mutex<Option<Arc<dyn MemoryFill>>>,
 }
 
 /// Returns guest physical address and length of each range of `bytes` of memory.
@@ -287,6 +297,7 @@ impl GuestRam {
             memory,
             writes,
             spec: spec.clone(),
+            filling: Mutex::default(),
         };
         ram.settle()?;
         Ok(ram)
@@ -318,6 +329,47 @@ impl GuestRam {
     /// Returns the log of what the VMM writes.
     pub fn host_writes(&self) -> &Arc<HostWrites> {
         &self.writes
+    }
+
+    /// Returns what still fills memory.
+    pub fn lock_filling(&self) -> MutexGuard<'_, Option<Arc<dyn MemoryFill>>> {
+        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives pages back to the host that the guest does not use: what they hold then is zeros, or
+    /// what they held. What of `run` is no memory is left out.
+    ///
+    /// Announced as a discard: blocks until a checkpoint under way has what it needs. Nothing is
+    /// given back of memory that is locked, allocated in advance, of hugetlb, or still comes from
+    /// an image.
+    pub fn discard(&self, run: PageRun) -> io::Result<()> {
+        let is_kept = self.spec.locked || self.spec.preallocate;
+        let still_comes = || {
+            let filling = self.lock_filling();
+            filling
+                .as_ref()
+                .is_some_and(|fill| !fill.wait(Duration::ZERO))
+        };
+        if is_kept || still_comes() {
+            return Ok(());
+        }
+        for range in &self.ranges {
+            let Some(part) = range.run().intersection(run) else {
+                continue;
+            };
+            let advice = match range.backing {
+                Backing::Memfd => libc::MADV_REMOVE,
+                Backing::Hugetlb { .. } => continue,
+                _ => libc::MADV_DONTNEED,
+            };
+            let bytes = |pages: u64| usize::try_from(pages).expect("memory is mapped") * PAGE_BYTES;
+            let offset = bytes(part.start.0 - range.start.0);
+            let mapping = range.mapping.part(offset, bytes(part.page_count));
+            let discard = self.writes.will_discard(part);
+            advise(&mapping, advice)?;
+            drop(discard);
+        }
+        Ok(())
     }
 
     /// Gives all memory back to the host: the guest then reads zeros.

@@ -394,6 +394,24 @@ impl Machine {
         &self.shared.devices.disks
     }
 
+    /// Returns how many bytes of memory the guest has given back by its balloon; `None` where it
+    /// has none.
+    pub fn given_bytes(&self) -> Option<u64> {
+        let balloon = self.shared.devices.balloon.as_ref();
+        balloon.map(|(balloon, _)| balloon.given_bytes())
+    }
+
+    /// Asks the guest to give so many bytes of memory back, altogether; false where it has no
+    /// balloon. The guest decides whether, and takes its time.
+    pub fn ask_for_memory(&self, bytes: u64) -> bool {
+        let Some((balloon, device)) = &self.shared.devices.balloon else {
+            return false;
+        };
+        balloon.ask_for(bytes);
+        device.notify_config();
+        true
+    }
+
     /// Returns the network devices.
     pub fn nets(&self) -> &[Arc<Net>] {
         &self.shared.devices.nets

@@ -22,6 +22,7 @@ use super::pci::PciBus;
 use super::spec::{BootSpec, EndAction, MachineSpec};
 use super::vcpu::Vcpu;
 use super::virtio::VirtioPci;
+use super::virtio::balloon::Balloon;
 use super::virtio::blk::Disk;
 use super::virtio::net::Net;
 use super::{MachineError, describe_chain};
@@ -104,8 +105,6 @@ pub(super) struct Shared {
     pub changing: Mutex<Holds>,
     /// The guest's clock when its user paused it; `None` while it runs.
     pub paused_clock: Mutex<Option<u64>>,
-    /// What still fills memory.
-    pub filling: Mutex<Option<Arc<dyn MemoryFill>>>,
     /// How many engine pauses are in force; held while devices are paused or resumed.
     pub quiesced: Mutex<u32>,
     stopping: AtomicBool,
@@ -124,6 +123,8 @@ pub(super) struct Devices {
     pub virtio: Vec<Arc<VirtioPci>>,
     pub disks: Vec<Arc<Disk>>,
     pub nets: Vec<Arc<Net>>,
+    /// The balloon, and the device that it is.
+    pub balloon: Option<(Arc<Balloon>, Arc<VirtioPci>)>,
 }
 
 impl Devices {
@@ -213,7 +214,6 @@ impl Shared {
             run_page_bytes: parts.run_page_bytes,
             changing: Mutex::default(),
             paused_clock: Mutex::default(),
-            filling: Mutex::default(),
             quiesced: Mutex::new(0),
             stopping: AtomicBool::new(false),
             restarts: Mutex::new(0),
@@ -239,7 +239,7 @@ impl Shared {
     }
 
     pub(super) fn lock_filling(&self) -> MutexGuard<'_, Option<Arc<dyn MemoryFill>>> {
-        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ram.lock_filling()
     }
 
     /// Returns the guest's clock when its user paused it.

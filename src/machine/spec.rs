@@ -271,6 +271,19 @@ pub enum PciDevice {
     Net(NetSpec),
     /// A virtio entropy device.
     Rng(RngSpec),
+    /// A virtio balloon; at most one.
+    Balloon(BalloonSpec),
+}
+
+/// A balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonSpec {
+    /// Whether the guest reports free memory by itself.
+    pub free_page_reporting: bool,
+    /// Whether the guest may take memory back before it has none left.
+    pub auto_deflate: bool,
+    /// How many bytes the guest is asked to give at its start.
+    pub wanted_bytes: u64,
 }
 
 /// A source of random numbers.

@@ -106,6 +106,20 @@ impl SectionPayload for VirtioNetV1 {
     const VERSION: u16 = 1;
 }
 
+/// A balloon. Its instance is its slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioBalloonV1 {
+    /// How many pages of 4 KiB the guest is asked to give.
+    pub target_pages: u32,
+    /// How many it says that it has given.
+    pub actual_pages: u32,
+}
+
+impl SectionPayload for VirtioBalloonV1 {
+    const KIND: &'static str = "virtio-balloon";
+    const VERSION: u16 = 1;
+}
+
 /// A virtio disk. Its instance is its slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioBlkV1 {

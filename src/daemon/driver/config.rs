@@ -7,8 +7,10 @@ use super::{Answer, DriverCall, Livepoint, check_flags, parse_domain};
 use crate::daemon::job::JobKind;
 use crate::daemon::managed::{Managed, not_running};
 use crate::daemon::{definitions, state, texts, worker, xml};
-use crate::host::control::protocol::Method;
-use crate::host::{Domain, DomainChanges, DomainConfig, DomainName, DomainTexts, Vcpus, XmlView};
+use crate::host::control::protocol::{MemoryBytes, Method};
+use crate::host::{
+    Domain, DomainChanges, DomainConfig, DomainName, DomainTexts, MemorySize, Vcpus, XmlView,
+};
 use crate::rpc::{Code, DomainRef, Event, Procedure, RpcError, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
@@ -125,14 +127,23 @@ fn set_memory_flags(
                 "cannot resize the maximum memory on an active domain",
             ));
         }
-        let most = domain.lock().active()?.config.machine.memory.size().kib();
+        let (name, most, has_balloon) = {
+            let state = domain.lock();
+            let machine = &state.active()?.config.machine;
+            let has_balloon = machine.devices.pci.balloon().is_some();
+            (state.name.clone(), machine.memory.size().kib(), has_balloon)
+        };
         if kib > most {
             return Err(RpcError::new(
                 Code::InvalidArg,
                 "cannot set memory higher than max memory",
             ));
         }
-        if kib != most {
+        if has_balloon {
+            let bytes = kib.saturating_mul(1024);
+            let method = Method::SetMemory(MemoryBytes { bytes });
+            worker::run(&call.driver.paths, &name, method)?;
+        } else if kib != most {
             return Err(RpcError::new(
                 Code::OperationUnsupported,
                 "Unable to change memory of active domain without the balloon device and guest \
@@ -148,6 +159,13 @@ fn set_memory_flags(
                     Code::InvalidArg,
                     "cannot set memory higher than max memory",
                 ));
+            }
+            let mut new = old.clone();
+            if let (false, Some(balloon)) = (is_maximum, new.machine.devices.pci.balloon_mut()) {
+                let size = MemorySize::from_bytes(kib.saturating_mul(1024));
+                let size = size.map_err(|error| invalid(error.to_string()))?;
+                balloon.current = (kib < most).then_some(size);
+                return Ok(new);
             }
             // Without a balloon there is one size of memory: the guest has all of it.
             let changes = DomainChanges {

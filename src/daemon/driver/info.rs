@@ -1,7 +1,7 @@
 //! What a domain is and does.
 
 use super::host::{all_cpus, topology};
-use super::stats::{cpu_time_ns, vcpu_times_ns};
+use super::stats::{cpu_time_ns, used_kib, vcpu_times_ns};
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::worker;
@@ -11,8 +11,8 @@ use crate::rpc::{Bytes, CharList, Code, DomainRef, List, Procedure, RpcError, pr
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(14, Slow, xml_desc),
-    procedure!(16, Quick, info),
-    procedure!(17, Quick, max_memory),
+    procedure!(16, Slow, info),
+    procedure!(17, Slow, max_memory),
     procedure!(18, Quick, max_vcpus),
     procedure!(19, Quick, os_type),
     procedure!(20, Quick, vcpus),
@@ -80,7 +80,8 @@ fn info(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<Info> {
     let pid = state.live.as_ref().map(|live| live.pid);
     drop(state);
     let number = u32::try_from(number).unwrap_or(0);
-    Ok((number, kib, kib, vcpus, pid.map_or(0, cpu_time_ns)))
+    let used = used_kib(call.driver, &domain);
+    Ok((number, kib, used, vcpus, pid.map_or(0, cpu_time_ns)))
 }
 
 fn max_memory(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<u64> {

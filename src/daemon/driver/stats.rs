@@ -11,7 +11,7 @@ use crate::daemon::managed::Managed;
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
-    procedure!(159, Quick, memory_stats),
+    procedure!(159, Slow, memory_stats),
     procedure!(262, Quick, cpu_stats),
     procedure!(344, Slow, all_stats),
 ];
@@ -72,12 +72,28 @@ fn rss_kib(pid: u32) -> u64 {
     number.unwrap_or(0)
 }
 
-/// What is asked of a running domain.
-fn running(call: &DriverCall<'_>, wanted: &DomainRef) -> Answer<(u32, u64)> {
+/// Returns the process of a running domain.
+fn running(call: &DriverCall<'_>, wanted: &DomainRef) -> Answer<u32> {
     let domain = call.driver.registry.find(wanted)?;
     let state = domain.lock();
-    let live = state.active()?;
-    Ok((live.pid, live.config.machine.memory.size().kib()))
+    Ok(state.active()?.pid)
+}
+
+/// Returns how much of its memory a domain uses, in KiB: less than all of it where its guest has
+/// given some back by a balloon.
+pub(super) fn used_kib(driver: &Livepoint, domain: &Managed) -> u64 {
+    let (name, kib, asks) = {
+        let state = domain.lock();
+        let machine = state.current().map(|config| &config.machine);
+        let Some(machine) = machine else { return 0 };
+        let has_balloon = machine.devices.pci.balloon().is_some();
+        let asks = has_balloon && state.live.is_some();
+        (state.name.clone(), machine.memory.size().kib(), asks)
+    };
+    // A domain that is just ending has no figures any more.
+    let status = asks.then(|| status_of(driver, &name).ok()).flatten();
+    let given = status.and_then(|status| status.given_bytes).unwrap_or(0);
+    kib.saturating_sub(given / 1024)
 }
 
 fn memory_stats(
@@ -87,7 +103,8 @@ fn memory_stats(
     const ACTUAL_BALLOON: i32 = 6;
     const RSS: i32 = 7;
     check_flags(flags, 0, "virDomainMemoryStats")?;
-    let (pid, kib) = running(call, &wanted)?;
+    let pid = running(call, &wanted)?;
+    let kib = used_kib(call.driver, &*call.driver.registry.find(&wanted)?);
     let stats = [(ACTUAL_BALLOON, kib), (RSS, rss_kib(pid))];
     Ok(List(stats.into_iter().take(most as usize).collect()))
 }
@@ -99,7 +116,7 @@ fn cpu_stats(
     (wanted, nparams, start, ncpus, flags): (DomainRef, u32, i32, u32, u32),
 ) -> Answer<CpuStats> {
     check_flags(flags, 4, "virDomainGetCPUStats")?;
-    let (pid, _) = running(call, &wanted)?;
+    let pid = running(call, &wanted)?;
     if start >= 0 {
         // How a process's time is spread over CPUs is not kept by the kernel for processes.
         return Err(RpcError::new(
@@ -219,7 +236,10 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
     }
     if groups & STATS_BALLOON != 0 {
         if let Some(pid) = pid {
-            add(TypedParam::ulong("balloon.current", kib));
+            add(TypedParam::ulong(
+                "balloon.current",
+                used_kib(driver, domain),
+            ));
             add(TypedParam::ulong("balloon.maximum", kib));
             add(TypedParam::ulong("balloon.rss", rss_kib(pid)));
         } else {

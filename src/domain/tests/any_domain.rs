@@ -117,6 +117,13 @@ fn any_pci() -> impl Strategy<Value = PciDevices> {
         any_disk().prop_map(PciDeviceKind::Disk),
         any_interface().prop_map(PciDeviceKind::Interface),
         any_rng().prop_map(PciDeviceKind::Rng),
+        any::<[Option<bool>; 2]>().prop_map(|[free_page_reporting, auto_deflate]| {
+            PciDeviceKind::Balloon(Balloon {
+                free_page_reporting,
+                auto_deflate,
+                current: None,
+            })
+        }),
     ];
     prop::collection::vec((slot, kind, any::<bool>()), 0..6).prop_map(|devices| {
         let mut pci = PciDevices::default();
@@ -231,17 +238,20 @@ fn any_domain() -> impl Strategy<Value = DomainConfig> {
         any_serial(),
         any_pci(),
     );
-    let machine =
-        machine.prop_map(
-            |(memory, vcpus, cpu, boot, clock, serial, pci)| MachineConfig {
-                memory,
-                vcpus,
-                cpu,
-                boot,
-                clock,
-                devices: Devices { serial, pci },
-            },
-        );
+    let machine = machine.prop_map(|(memory, vcpus, cpu, boot, clock, serial, mut pci)| {
+        let half = MemorySize::from_bytes((memory.size().bytes() / 2) & !4095);
+        if let (Some(balloon), Ok(half)) = (pci.balloon_mut(), half) {
+            balloon.current = Some(half);
+        }
+        MachineConfig {
+            memory,
+            vcpus,
+            cpu,
+            boot,
+            clock,
+            devices: Devices { serial, pci },
+        }
+    });
     let texts = (
         "[!-.0-~\u{a1}-\u{2fff}][ -.0-~]{0,30}",
         prop::option::of("[ -~]{0,30}[!-~]"),
@@ -266,6 +276,12 @@ proptest! {
             id: 3,
             ptys: vec![HostPath::new("/dev/pts/1").ok()],
             taps: vec![None, HostInterface::new("vnet7").ok()],
+            given_kib: {
+                let balloon = config.machine.devices.pci.balloon();
+                let current = balloon.and_then(|balloon| balloon.current);
+                let kib = config.machine.memory.size().kib();
+                kib - current.map_or(kib, MemorySize::kib)
+            },
         };
         let xml = config.to_xml(XmlView::Live(&live));
         prop_assert_eq!(DomainConfig::parse(&xml), Ok(config), "{}", xml);

@@ -83,6 +83,8 @@ pub enum Method {
     Rewind(RewindTo),
     /// Tells what happens to the domain until it ends, in lines of their own; answered then.
     Events,
+    /// Asks the guest to use so much memory, by its balloon.
+    SetMemory(MemoryBytes),
     /// Replaces the document's title, description and metadata.
     SetTexts(DomainTexts),
 }
@@ -101,6 +103,13 @@ pub struct RewindTo {
 pub struct JobId {
     /// Number of the job within this process, from 1.
     pub job: u64,
+}
+
+/// A size of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryBytes {
+    /// In bytes.
+    pub bytes: u64,
 }
 
 /// The answer to [`Method::Checkpoint`].
@@ -124,6 +133,9 @@ pub struct Status {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
+    /// How much of it the guest has given back by its balloon; none where it has no balloon.
+    #[serde(default)]
+    pub given_bytes: Option<u64>,
     /// Where each serial console can be reached: a pty's or a socket's path.
     pub consoles: Vec<PathBuf>,
     /// What the guest has asked of each disk.

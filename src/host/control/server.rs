@@ -258,6 +258,7 @@ impl Connection<'_> {
                 .rewind(to.image.as_deref())
                 .map(|summary| json(&summary)),
             Method::Events => return self.events(call.id),
+            Method::SetMemory(size) => nothing(domain.set_memory(size.bytes)),
             Method::SetTexts(texts) => nothing(domain.set_texts(texts)),
         })
     }

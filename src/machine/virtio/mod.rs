@@ -9,6 +9,7 @@
 //! rules puts the device into `DEVICE_NEEDS_RESET`: it does nothing more until its driver resets
 //! it.
 
+pub mod balloon;
 pub mod blk;
 mod engine;
 pub mod net;

@@ -145,6 +145,11 @@ impl VirtioPci {
         self.backend.disk()
     }
 
+    /// Tells the driver that the device's configuration has changed.
+    pub fn notify_config(&self) {
+        self.interrupts.signal_config();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers
             .lock()
