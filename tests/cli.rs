@@ -107,7 +107,7 @@ impl Bench {
         let start = Instant::now();
         while self.livepoint(&["status", name]).status.success() {
             assert!(
-                start.elapsed() < Duration::from_secs(30),
+                start.elapsed() < Duration::from_secs(60),
                 "{name} does not end"
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -138,14 +138,14 @@ impl Console {
             match UnixStream::connect(path) {
                 Ok(stream) => {
                     stream
-                        .set_read_timeout(Some(Duration::from_secs(20)))
+                        .set_read_timeout(Some(Duration::from_secs(60)))
                         .unwrap();
                     return Self {
                         stream,
                         seen: String::new(),
                     };
                 }
-                Err(error) => assert!(start.elapsed() < Duration::from_secs(10), "{error}"),
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(60), "{error}"),
             }
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -40,7 +40,7 @@ impl Worker {
         let worker = Self { child, dir };
         let start = Instant::now();
         while UnixStream::connect(worker.socket()).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(start.elapsed() < Duration::from_secs(60));
             std::thread::sleep(Duration::from_millis(5));
         }
         worker
@@ -53,7 +53,7 @@ impl Worker {
     fn connect(&self) -> BufReader<UnixStream> {
         let stream = UnixStream::connect(self.socket()).unwrap();
         stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
+            .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
         let mut stream = BufReader::new(stream);
         let greeting = read(&mut stream).unwrap();
@@ -179,7 +179,7 @@ fn streams_of_garbage_and_silent_clients_do_not_stop_others() {
     let mut stream = worker.connect();
     let reply = call(&mut stream, &json!({"id": 1, "method": "status"}));
     assert_eq!(reply["result"]["state"], "running");
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < Duration::from_secs(60));
 }
 
 #[test]

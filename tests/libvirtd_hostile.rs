@@ -133,6 +133,12 @@ fn check_for_leaks(daemon: &Daemon, before: &Usage) {
     }
 }
 
+/// How long a call of an honest client may take while others do their worst. The short form shares
+/// the machine with other tests: it finds calls that hang, and no more.
+fn served_within() -> Duration {
+    Duration::from_secs(if long() { 1 } else { 20 })
+}
+
 #[test]
 fn mutated_packets_are_answered_or_hung_up_on_and_others_are_served_meanwhile() {
     if !have_kvm() {
@@ -162,7 +168,7 @@ fn mutated_packets_are_answered_or_hung_up_on_and_others_are_served_meanwhile() 
     }
     let (longest, calls) = good.end();
     println!("{sent} packets; {calls} calls of another client, the longest took {longest:?}");
-    assert!(calls > 0 && longest < Duration::from_secs(1), "{longest:?}");
+    assert!(calls > 0 && longest < served_within(), "{longest:?}");
     check_for_leaks(&daemon, &before);
     let log = daemon.log();
     assert!(!log.contains("panicked"), "{log}");
@@ -205,7 +211,7 @@ fn streams_of_anything_cost_others_nothing() {
         }
     }
     let (longest, calls) = good.end();
-    assert!(calls > 0 && longest < Duration::from_secs(1), "{longest:?}");
+    assert!(calls > 0 && longest < served_within(), "{longest:?}");
     drop(held);
     check_for_leaks(&daemon, &before);
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
@@ -242,7 +248,7 @@ fn a_client_that_reads_nothing_is_held_back_and_holds_up_nobody() {
     let grown = usage(&daemon).rss_kib.saturating_sub(before.rss_kib);
     assert!(grown < 64 << 10, "{grown} KiB");
     let (longest, calls) = good.end();
-    assert!(calls > 0 && longest < Duration::from_secs(1), "{longest:?}");
+    assert!(calls > 0 && longest < served_within(), "{longest:?}");
 }
 
 #[test]
@@ -387,7 +393,7 @@ fn a_daemon_killed_at_random_moments_under_load_loses_no_domain() {
             break;
         }
         assert!(
-            start.elapsed() < Duration::from_secs(20),
+            start.elapsed() < Duration::from_secs(60),
             "{running:?} run, and there are workers of {workers:?}\n{}",
             daemon.log()
         );
@@ -405,11 +411,10 @@ fn many_connections_that_poll_statistics_are_all_served_in_time() {
     if !have_kvm() {
         return;
     }
-    // The short form shares the machine with other tests: it finds calls that hang, and no more.
     let (domains, time, limit) = if long() {
-        (20, Duration::from_secs(60), Duration::from_secs(1))
+        (20, Duration::from_secs(60), served_within())
     } else {
-        (5, Duration::from_secs(5), Duration::from_secs(10))
+        (5, Duration::from_secs(5), served_within())
     };
     let connections = 100;
     let daemon = Daemon::new();

@@ -224,7 +224,7 @@ impl Terminal {
         self.wait("Escape character");
         let start = Instant::now();
         while termios_echoes(&self.master) {
-            assert!(start.elapsed() < Duration::from_secs(30), "{:?}", self.seen);
+            assert!(start.elapsed() < Duration::from_secs(60), "{:?}", self.seen);
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -239,7 +239,7 @@ impl Terminal {
         while !self.seen.contains(text) {
             let seen = &self.seen;
             assert!(
-                start.elapsed() < Duration::from_secs(30),
+                start.elapsed() < Duration::from_secs(60),
                 "no {text:?} in {seen:?}"
             );
             let mut fds = [PollFd::new(&self.master, PollFlags::IN)];
@@ -433,7 +433,7 @@ fn a_service_manager_gives_the_sockets_and_is_told_that_they_are_served() {
     let path = |name: &str| dir.path().join(name);
     let notify = UnixDatagram::bind(path("notify")).unwrap();
     notify
-        .set_read_timeout(Some(Duration::from_secs(30)))
+        .set_read_timeout(Some(Duration::from_secs(60)))
         .unwrap();
     // What systemd does before it starts a service that it has sockets for.
     let program = "import os, socket, sys\n\

@@ -131,7 +131,7 @@ fn a_job_tells_how_far_it_is_and_ends_when_it_is_told_to() {
     daemon.ok(&["domjobabort", "d"]);
     let output = snapshot.wait_with_output().unwrap();
     assert!(
-        asked.elapsed() < Duration::from_secs(10),
+        asked.elapsed() < Duration::from_secs(60),
         "{:?}",
         asked.elapsed()
     );

@@ -74,7 +74,7 @@ impl Daemon {
         while UnixStream::connect(self.socket()).is_err() {
             let ended = self.child.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "the daemon ended: {}", self.log());
-            assert!(start.elapsed() < Duration::from_secs(30), "{}", self.log());
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -188,7 +188,7 @@ impl Daemon {
 
 fn destroy(socket: &Path) -> std::io::Result<()> {
     let stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let mut lines = BufReader::new(&stream).lines();
     lines.next();
     writeln!(&stream, r#"{{"id":1,"method":"destroy"}}"#)?;

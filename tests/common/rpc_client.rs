@@ -10,7 +10,7 @@ use livepoint::rpc::{
 };
 
 /// Longest that an answer may take.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct RpcClient {
     socket: UnixStream,

@@ -53,7 +53,7 @@ fn threads_are_named_and_block_every_signal() {
         if wanted.iter().all(is_there) {
             break threads;
         }
-        assert!(began.elapsed() < Duration::from_secs(20), "{threads:?}");
+        assert!(began.elapsed() < Duration::from_secs(60), "{threads:?}");
     };
     for (name, blocked) in threads {
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGALRM, libc::SIGRTMIN()] {
@@ -113,7 +113,7 @@ fn a_job_whose_handle_is_dropped_goes_on_to_its_end() {
     let start = std::time::Instant::now();
     // There, and its writer has let go of it.
     while ImageReader::open(&FileStorage, &bench.path()).is_err() {
-        assert!(start.elapsed() < Duration::from_secs(20));
+        assert!(start.elapsed() < Duration::from_secs(60));
         std::thread::sleep(Duration::from_millis(1));
     }
     bench.assert_image_is_the_moment();
