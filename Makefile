@@ -146,9 +146,11 @@ vendor: ## every crate that a build needs, in vendor/, for builds without the ne
 
 dist: vendor ## the source and the crates as archives, in $(TARGET)/dist
 	mkdir -p $(TARGET)/dist
-	git archive --prefix=livepoint-$(VERSION)/ HEAD | xz -T0 > $(TARGET)/dist/livepoint-$(VERSION).tar.xz
-	tar --create --sort=name --mtime=@$$(git log -1 --format=%ct) --owner=0 --group=0 \
-		--numeric-owner --mode=go=rX vendor | xz -T0 > $(TARGET)/dist/livepoint-$(VERSION)-vendor.tar.xz
+	git archive --prefix=livepoint-$(VERSION)/ --output=$(TARGET)/dist/livepoint-$(VERSION).tar HEAD
+	tar --create --file=$(TARGET)/dist/livepoint-$(VERSION)-vendor.tar --sort=name \
+		--mtime=@$$(git log -1 --format=%ct) --owner=0 --group=0 --numeric-owner --mode=go=rX \
+		--transform='s,^,livepoint-$(VERSION)/,' vendor
+	xz --force -T0 $(TARGET)/dist/livepoint-$(VERSION).tar $(TARGET)/dist/livepoint-$(VERSION)-vendor.tar
 
 deb: setup-deb ## Debian packages, in $(TARGET)/deb, from vendored crates
 	CARGO="$(CARGO)" packaging/make-deb $(TARGET)/deb
