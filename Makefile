@@ -25,13 +25,14 @@ TARGET    := $(or $(CARGO_TARGET_DIR),target)
 BUILT     ?= $(TARGET)/release
 SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 
-# Guests are C; the C tests run under valgrind as well; virsh is the daemon's client.
+# Guests are C; the C tests run under valgrind as well; abidiff compares the C ABI with what it was;
+# virsh is the daemon's client.
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
 PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps iproute2
 # An installation is used with pkg-config and CMake, and its man pages are checked.
 PACKAGES_INSTALL := make pkg-config cmake groff-base mandoc
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB) $(PACKAGES_INSTALL)
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind abigail-tools libvirt-clients python3-libvirt virtinst $(PACKAGES_LAB) $(PACKAGES_INSTALL)
 
 PACKAGES_DEB   := $(PACKAGES_BUILD) dpkg-dev debhelper lintian libzstd-dev pkg-config python3
 
@@ -49,7 +50,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long test-packages lab lint bench header install install-built uninstall vendor dist deb setup setup-test setup-deb clean
+.PHONY: help build demo test test-long test-packages lab lint bench header abi coverage install install-built uninstall vendor dist deb setup setup-test setup-deb clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -107,6 +108,13 @@ sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@LIBDIR@|$(LIBDIR)|g' -e 's|@INCLUDEDIR@|$
 	-e 's|@VERSION@|$(VERSION)|g' -e 's|@SOVERSION@|$(SOVERSION)|g' \
 	$(1) > $(DESTDIR)$(2)/$(basename $(notdir $(1)))
 endef
+
+coverage: setup-test ## how much of the C ABI's code the C tests reach, by line
+	$(call need,llvm-$(shell rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p'))
+	CARGO="$(CARGO)" ffi-tests/coverage
+
+abi: setup-test ## writes the committed description of the C ABI anew: at a release, never to hide a break
+	ffi-tests/abi-dump include ffi-tests/livepoint-0.1.abi
 
 install: build ## into $(DESTDIR)$(PREFIX)
 	$(MAKE) install-built

@@ -26,6 +26,11 @@ fn main() -> ExitCode {
     // Rust's standard library leaves thread-local destructors on its callers' threads: code that
     // dlclose() took away would then run.
     println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
+    // The nodes that symbol_versions! in src/capi names. It takes lld, which Rust links with on
+    // x86_64 by default: GNU ld refuses them beside the list of exports that rustc makes.
+    println!("cargo::rerun-if-changed=src/capi/livepoint.map");
+    let root = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,--version-script={root}/src/capi/livepoint.map");
     if let Err(error) = write_header(&out_dir.join("livepoint.h")) {
         println!("cargo::error=Could not make livepoint.h: {error}");
         return ExitCode::FAILURE;

@@ -69,7 +69,7 @@ static void null_everywhere(void)
     REFUSED(lvp_guest_vcpu_gate(NULL, 0), LVP_E_INVALID);
     REFUSED(lvp_guest_vcpu_leave(NULL, 0), LVP_E_INVALID);
     REFUSED(lvp_guest_mark_dirty(NULL, 0, 1), LVP_E_INVALID);
-    REFUSED(lvp_guest_before_discard(NULL, 0, 1), LVP_E_INVALID);
+    REFUSED(lvp_guest_discard(NULL, 0, 1, NULL, NULL), LVP_E_INVALID);
     REFUSED(lvp_image_open(NULL, &image), LVP_E_INVALID);
     REFUSED(lvp_image_open("/", NULL), LVP_E_INVALID);
     REFUSED(lvp_image_inspect(NULL, &text), LVP_E_INVALID);
@@ -105,6 +105,15 @@ static const char minimal[] =
     "<domain type='kvm'>\n <name>n</name>\n <memory unit='MiB'>64</memory>\n"
     " <os><type arch='x86_64'>hvm</type><kernel>/nonexistent</kernel></os>\n</domain>";
 
+static lvp_status new_and_free(const lvp_machine_options *options)
+{
+    lvp_machine *machine = NULL;
+    lvp_status status = lvp_machine_new(minimal, options, &machine);
+    EXPECT((machine != NULL) == (status == LVP_OK));
+    lvp_machine_free(machine);
+    return status;
+}
+
 static void domains(const char *dir)
 {
     char *canonical = NULL, *again = NULL;
@@ -120,18 +129,14 @@ static void domains(const char *dir)
     REFUSED(lvp_domain_check("<domain type='kvm'>\n <nonsense/>\n</domain>", &canonical, &place),
             LVP_E_INVALID);
     EXPECT(canonical == NULL && place.line == 2 && strcmp(place.element, "nonsense") == 0);
+    RESULT_GROWS(lvp_xml_place, 80, lvp_domain_check("<nonsense/>", NULL, result), LVP_E_INVALID);
+    lvp_machine_options growing = {.runtime_dir = dir};
+    OPTIONS_GROW(lvp_machine_options, 16, growing, new_and_free(options), LVP_OK);
     REFUSED(lvp_domain_check("<domain", NULL, NULL), LVP_E_INVALID);
     REFUSED(lvp_domain_check("\xff\xfe", NULL, NULL), LVP_E_INVALID);
 
     lvp_machine_options options = {.struct_size = sizeof options, .runtime_dir = dir};
     lvp_machine *machine = NULL;
-    for (size_t size = 0; size < 16; size++) { /* smaller than in the first release */
-        options.struct_size = size;
-        REFUSED(lvp_machine_new(minimal, &options, &machine), LVP_E_INVALID);
-    }
-    options.struct_size = SIZE_MAX;
-    REFUSED(lvp_machine_new(minimal, &options, &machine), LVP_E_INVALID);
-    options.struct_size = sizeof options;
     CHECK(lvp_machine_new(minimal, &options, &machine));
     lvp_machine_state state = 0;
     CHECK(lvp_machine_get_state(machine, &state));
@@ -172,6 +177,9 @@ static void domains(const char *dir)
     };
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
         REFUSED(lvp_machine_checkpoint(machine, "x", &wrong[i], &job), LVP_E_INVALID);
+    lvp_checkpoint_options plain = {.protocol = LVP_PROTOCOL_STOP};
+    OPTIONS_GROW(lvp_checkpoint_options, 48, plain,
+                 lvp_machine_checkpoint(machine, "x", options, &job), LVP_E_STATE);
     char *text = NULL;
     CHECK(lvp_machine_xml(machine, &text));
     EXPECT(strstr(text, "<domain") != NULL);
@@ -205,8 +213,7 @@ static void states(void)
     CHECK(lvp_state_section(state, 0, &section));
     REFUSED(lvp_state_section(state, 2, &section), LVP_E_NOT_FOUND);
     REFUSED(lvp_state_find(state, "disk", 0, &section), LVP_E_NOT_FOUND);
-    section.struct_size = 8;
-    REFUSED(lvp_state_section(state, 0, &section), LVP_E_INVALID);
+    RESULT_GROWS(lvp_section, 104, lvp_state_section(state, 0, result), LVP_OK);
     int fd = -1;
     REFUSED(lvp_kvm_state_save(state, -1, &fd, 1), LVP_E_INVALID);
     REFUSED(lvp_kvm_state_save(state, 0, &fd, 1), LVP_E_INVALID);
@@ -270,6 +277,7 @@ static void images(const char *file, const char *dir)
         free(exported);
     }
     fclose(flat);
+    RESULT_GROWS(lvp_image_range, 32, lvp_image_get_range(image, 0, result), LVP_OK);
     lvp_image_range range = {.struct_size = sizeof range};
     REFUSED(lvp_image_get_range(image, ranges, &range), LVP_E_NOT_FOUND);
     REFUSED(lvp_image_export(image, "/nonexistent/flat"), LVP_E_NOT_FOUND);

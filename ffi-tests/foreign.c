@@ -31,6 +31,9 @@ enum {
     WRITTEN_BYTES = 4 << 20,
     DEVICE_GPA = FIRST_PAGE + VCPUS * WRITTEN_BYTES,
     DEVICE_PAGES = 64,
+    /* Memory that is given back now and then, and written again. */
+    BALLOON_GPA = DEVICE_GPA + DEVICE_PAGES * PAGE,
+    BALLOON_PAGES = 600,
 };
 
 /* Writes a growing number to each page of [rdx, rsi), round and round. */
@@ -199,6 +202,21 @@ static void *vcpu_thread(void *argument)
     return NULL;
 }
 
+static void mark_written(uint64_t gpa)
+{
+    if (variant->own_dirty_log)
+        device_dirty[gpa / PAGE / 64] |= UINT64_C(1) << (gpa / PAGE % 64);
+    else
+        CHECK(lvp_guest_mark_dirty(guest, gpa + 8, sizeof gpa));
+}
+
+static lvp_status give_back(void *data)
+{
+    uint8_t *page = data;
+    EXPECT(madvise(page, PAGE, MADV_DONTNEED) == 0);
+    return *(volatile uint8_t *)page == 0 ? LVP_OK : -1;
+}
+
 /* Writes its pages as a device does; KVM does not see it. */
 static void *device_thread(void *unused)
 {
@@ -208,10 +226,15 @@ static void *device_thread(void *unused)
         pthread_mutex_lock(&device_lock);
         EXPECT(!in_pause);
         memcpy(memory + gpa + 8, &value, sizeof value);
-        if (variant->own_dirty_log)
-            device_dirty[gpa / PAGE / 64] |= UINT64_C(1) << (gpa / PAGE % 64);
-        else
-            CHECK(lvp_guest_mark_dirty(guest, gpa + 8, sizeof value));
+        mark_written(gpa);
+        /* A balloon's page: given back if it was written, else written. */
+        gpa = BALLOON_GPA + value % BALLOON_PAGES * PAGE;
+        if (value / BALLOON_PAGES % 2) {
+            CHECK(lvp_guest_discard(guest, gpa, PAGE, give_back, memory + gpa));
+        } else {
+            memcpy(memory + gpa + 8, &value, sizeof value);
+            mark_written(gpa);
+        }
         pthread_mutex_unlock(&device_lock);
         device_turns++;
         if (value % 64 == 0)
@@ -285,6 +308,46 @@ static lvp_guest_region region(void *hva, uint64_t gpa, uint64_t bytes, uint32_t
     lvp_guest_region region = {
         .struct_size = sizeof region, .gpa = gpa, .hva = hva, .bytes = bytes, .slot = slot};
     return region;
+}
+
+static lvp_status new_and_free(const lvp_guest_options *options,
+                               const lvp_guest_callbacks *callbacks)
+{
+    lvp_guest *made = NULL;
+    lvp_status status = lvp_guest_new(options, callbacks, &made);
+    EXPECT((made != NULL) == (status == LVP_OK));
+    lvp_guest_free(made);
+    return status;
+}
+
+static lvp_status add_and_remove(lvp_guest *made, const lvp_guest_region *options)
+{
+    lvp_status status = lvp_guest_add_region(made, options);
+    if (status == LVP_OK)
+        CHECK(lvp_guest_remove_region(made, options->slot));
+    return status;
+}
+
+/* What headers of other versions have for the structs of guests. */
+static void other_headers(const char *image_path)
+{
+    lvp_guest_options plain = {.struct_size = sizeof plain, .vm_fd = vm};
+    lvp_guest_callbacks none = {.user_data = &variant};
+    OPTIONS_GROW(lvp_guest_options, 48, plain, new_and_free(options, NULL), LVP_OK);
+    OPTIONS_GROW(lvp_guest_callbacks, 64, none, new_and_free(&plain, options), LVP_OK);
+    lvp_guest *made = NULL;
+    CHECK(lvp_guest_new(&plain, NULL, &made));
+    OPTIONS_GROW(lvp_guest_region, 48, region(memory, 0, MEMORY_BYTES, 3),
+                 add_and_remove(made, options), LVP_OK);
+    lvp_image *image = NULL;
+    CHECK(lvp_image_open(image_path, &image));
+    lvp_guest_region other = region(memory, 0, PAGE, 3);
+    CHECK(lvp_guest_add_region(made, &other));
+    lvp_fill_options fill = {.threads = 1};
+    /* The image has other regions. */
+    OPTIONS_GROW(lvp_fill_options, 16, fill, lvp_guest_fill(made, image, options), LVP_E_INVALID);
+    lvp_image_free(image);
+    lvp_guest_free(made);
 }
 
 static void register_guest(void)
@@ -402,6 +465,53 @@ static void hotplug(const char *path)
     close(fd);
 }
 
+static atomic_int discard_began, discard_may_end;
+
+static lvp_status slow_give_back(void *data)
+{
+    EXPECT(data == &variant);
+    discard_began = 1;
+    while (!discard_may_end)
+        sleep_ms(1);
+    EXPECT(madvise(memory + BALLOON_GPA, BALLOON_PAGES * PAGE, MADV_DONTNEED) == 0);
+    return 77;
+}
+
+static void *discard_slowly(void *unused)
+{
+    (void)unused;
+    pthread_mutex_lock(&device_lock);
+    EXPECT(lvp_guest_discard(guest, BALLOON_GPA, BALLOON_PAGES * PAGE, slow_give_back,
+                             &variant) == 77);
+    pthread_mutex_unlock(&device_lock);
+    return NULL;
+}
+
+/* A checkpoint that begins in the middle of a discard waits for its end. */
+static void discard_across_the_start(const char *path)
+{
+    pthread_mutex_lock(&device_lock);
+    for (uint64_t page = 0; page < BALLOON_PAGES; page++) {
+        memset(memory + BALLOON_GPA + page * PAGE, 0x5a, PAGE);
+        mark_written(BALLOON_GPA + page * PAGE);
+    }
+    pthread_mutex_unlock(&device_lock);
+    discard_began = discard_may_end = 0;
+    pthread_t thread;
+    EXPECT(pthread_create(&thread, NULL, discard_slowly, NULL) == 0);
+    while (!discard_began)
+        sleep_ms(1);
+    int before = pauses;
+    lvp_job *job = start_checkpoint(path);
+    sleep_ms(200); /* time to do it wrong in */
+    if (variant->protocol == LVP_PROTOCOL_COW)
+        EXPECT(pauses == before);
+    discard_may_end = 1;
+    pthread_join(thread, NULL);
+    finish(job);
+    compare(path, 1);
+}
+
 static void expect_progress(void)
 {
     for (int n = 0; n < VCPUS; n++) {
@@ -441,6 +551,9 @@ static void run_variant(const char *dir)
     expect_progress();
     REFUSED(lvp_guest_vcpu_leave(guest, 0), LVP_E_STATE); /* another thread's */
     REFUSED(lvp_guest_vcpu_gate(guest, VCPUS), LVP_E_INVALID);
+    REFUSED(lvp_guest_discard(guest, 0, PAGE, NULL, NULL), LVP_E_INVALID);
+    REFUSED(lvp_guest_discard(guest, UINT64_MAX, 2, give_back, NULL), LVP_E_INVALID);
+    REFUSED(lvp_guest_mark_dirty(guest, UINT64_MAX - 1, PAGE), LVP_E_INVALID);
 
     snprintf(path, sizeof path, "%s/%s-fails.lpi", dir, variant->name);
     fail_once(path);
@@ -450,6 +563,7 @@ static void run_variant(const char *dir)
         compare(path, 1);
         expect_progress();
     }
+    discard_across_the_start(path);
     snprintf(path, sizeof path, "%s/%s-extra.lpi", dir, variant->name);
     hotplug(path);
     finish(start_checkpoint(path));
@@ -504,6 +618,9 @@ int main(int argc, char **argv)
             EXPECT(after.sa_handler == before[signal].sa_handler &&
                    after.sa_flags == before[signal].sa_flags &&
                    memcmp(&after.sa_mask, &before[signal].sa_mask, 8) == 0);
+    char path[4096];
+    snprintf(path, sizeof path, "%s/auto.lpi", argv[1]);
+    other_headers(path);
     EXPECT(strange_kicks == 0); /* the kicks ran no handler, although there are some */
     EXPECT(alarms > 0);         /* and the VMM's own signals still arrive */
     printf("foreign: done\n");

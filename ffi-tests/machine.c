@@ -152,6 +152,9 @@ static void checkpoints(lvp_machine *machine, lvp_events *events, const char *di
         EXPECT(ended.job == number && ended.status == lvp_job_wait(job, 0));
         EXPECT((ended.status == LVP_OK) == (ended.text[0] == 0));
         EXPECT(number == 2 || ended.status == LVP_OK);
+        RESULT_GROWS(lvp_progress, 40, lvp_job_progress(job, result), LVP_OK);
+        if (ended.status == LVP_OK)
+            RESULT_GROWS(lvp_statistics, 64, lvp_job_statistics(job, result), LVP_OK);
         lvp_job_free(job);
     }
 }
@@ -192,6 +195,11 @@ static void by_socket(const char *kernel, const char *dir)
     next(events, LVP_EVENT_PAUSED, LVP_MACHINE_PAUSED);
     CHECK(lvp_machine_resume(machine));
     next(events, LVP_EVENT_RESUMED, LVP_MACHINE_RUNNING);
+    for (int n = 0; n < 2; n++) { /* two more events */
+        CHECK(n == 0 ? lvp_machine_pause(machine) : lvp_machine_resume(machine));
+        last_number++;
+    }
+    RESULT_GROWS(lvp_event, 296, lvp_events_next(events, PATIENCE_MS, result), LVP_OK);
     take_logs();
     checkpoints(machine, events, dir);
     EXPECT(logged > 0);

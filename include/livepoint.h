@@ -605,6 +605,11 @@ typedef struct {
 typedef int32_t lvp_gate;
 
 /**
+ * Gives memory back to the host; returns what lvp_guest_discard() returns.
+ */
+typedef lvp_status (*lvp_discard_callback)(void *user_data);
+
+/**
  * Done.
  */
 #define LVP_OK 0
@@ -1744,17 +1749,28 @@ lvp_gate lvp_guest_vcpu_leave(lvp_guest *guest, uint32_t vcpu);
 lvp_status lvp_guest_mark_dirty(lvp_guest *guest, uint64_t gpa, uint64_t bytes);
 
 /**
- * Tells that the VMM is about to give memory back to the host (a balloon, free page reporting):
- * its bytes are captured first where a checkpoint still needs them. After the memory is given
- * back, lvp_guest_mark_dirty() follows for the same range. Both, with the discard between them,
- * are work of a device, for whose end the quiesce callback waits.
+ * Gives memory back to the host (a balloon, free page reporting, unplug) at a time at which that
+ * is safe: its bytes are captured first where a checkpoint still needs them, a checkpoint that
+ * begins meanwhile waits, and each takes the memory as changed.
  *
- * Returns LVP_OK; LVP_E_INVALID. Blocks while the range is captured, never for storage.
- * Thread-safe.
+ * All of it is work of a device, for whose end the quiesce callback waits.
+ *
+ * @param discard    called once, by this thread, with the range safe to discard: madvise(2),
+ *                   fallocate(2). Must not call lvp_guest_discard(), lvp_guest_add_region(),
+ *                   lvp_guest_remove_region() or lvp_guest_free(), nor unwind or longjmp() out.
+ * @param user_data  handed to `discard`; not looked at
+ *
+ * Returns what `discard` returned, which then is that function's own error; LVP_E_INVALID;
+ * LVP_E_HOST; with either nothing was called. Blocks while the range is captured, never for
+ * storage. Thread-safe.
  *
  * Since: 0.1
  */
-lvp_status lvp_guest_before_discard(lvp_guest *guest, uint64_t gpa, uint64_t bytes);
+lvp_status lvp_guest_discard(lvp_guest *guest,
+                             uint64_t gpa,
+                             uint64_t bytes,
+                             lvp_discard_callback discard,
+                             void *user_data);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -14,6 +14,10 @@ pub(crate) mod atomic {
     };
 }
 
+pub(crate) mod thread {
+    pub(crate) use std::thread::JoinHandle;
+}
+
 pub(crate) mod channel {
     pub(crate) use crossbeam_channel::{Receiver, Sender, bounded, select};
 }

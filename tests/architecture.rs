@@ -16,7 +16,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("domain", &["page", "state"]),
     ("store", &["page", "state", "sync", "sys"]),
     ("kvmstate", &["guest", "page", "state", "sys"]),
-    ("foreign", &["guest", "kvmstate", "page", "state", "sys"]),
+    (
+        "foreign",
+        &["guest", "kvmstate", "page", "state", "sync", "sys"],
+    ),
     (
         "machine",
         &["domain", "guest", "kvmstate", "page", "state", "sys"],

@@ -8,6 +8,11 @@ use super::status::{guard, lvp_status};
 use super::str_argument;
 use crate::host::{DomainConfig, HostError, XmlView, check_host};
 
+symbol_versions!("0.1":
+    lvp_domain_check,
+    lvp_host_check,
+);
+
 /// Room for the name of an element, with the zero byte that ends it.
 pub const LVP_XML_ELEMENT_SIZE: usize = 64;
 

@@ -14,6 +14,13 @@ use super::{check_out, handle, write_out};
 use crate::host::{Ending, Happening, HostError, Notice, Watch, Watched};
 use crate::sys::sigmask::SignalsBlocked;
 
+symbol_versions!("0.1":
+    lvp_machine_events,
+    lvp_events_fd,
+    lvp_events_next,
+    lvp_events_free,
+);
+
 /// What has happened. A program must expect values that it does not know.
 pub type lvp_event_kind = u32;
 /// The machine was started; its state tells whether it waits for lvp_machine_resume().

@@ -17,6 +17,15 @@ use crate::host::{
 };
 use crate::sys::mapping::GuestMapping;
 
+symbol_versions!("0.1":
+    lvp_guest_new,
+    lvp_guest_add_region,
+    lvp_guest_remove_region,
+    lvp_guest_checkpoint,
+    lvp_guest_fill,
+    lvp_guest_free,
+);
+
 /// A VM on KVM that the caller made and runs, registered for live checkpoints. Opaque; made by
 /// lvp_guest_new(), released by lvp_guest_free(). Every function may be called from any thread at
 /// any time, but none after or while the handle is freed.

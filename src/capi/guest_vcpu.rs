@@ -1,12 +1,20 @@
 //! What a VMM's vCPU and device threads tell the engine while the guest runs.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 
 use super::guest::lvp_guest;
 use super::handle;
 use super::state::fd_argument;
-use super::status::{LVP_OK, guard, lvp_status};
+use super::status::{Failure, LVP_OK, guard, lvp_status};
 use crate::host::{HostError, Passage};
+
+symbol_versions!("0.1":
+    lvp_guest_vcpu_enter,
+    lvp_guest_vcpu_gate,
+    lvp_guest_vcpu_leave,
+    lvp_guest_mark_dirty,
+    lvp_guest_discard,
+);
 
 /// What a vCPU's thread does next; negative values are LVP_E_ statuses.
 pub type lvp_gate = i32;
@@ -15,7 +23,7 @@ pub const LVP_GATE_ENTER: lvp_gate = 0;
 /// kvm_run has an exit: handle it as after KVM_RUN, then call the gate again.
 pub const LVP_GATE_HANDLE_EXIT: lvp_gate = 1;
 
-fn gate(pass: impl FnOnce() -> Result<Passage, super::status::Failure>) -> lvp_gate {
+fn gate(pass: impl FnOnce() -> Result<Passage, Failure>) -> lvp_gate {
     let mut next = LVP_GATE_ENTER;
     let status = guard(|| {
         next = match pass()? {
@@ -143,33 +151,62 @@ pub unsafe extern "C" fn lvp_guest_mark_dirty(
     guard(|| {
         // SAFETY: the caller's contract.
         let guest = unsafe { handle(guest, "guest") }?.vm.guest();
+        check_range(gpa, bytes)?;
         guest.mark_dirty(gpa, bytes);
         Ok(())
     })
 }
 
-/// Tells that the VMM is about to give memory back to the host (a balloon, free page reporting):
-/// its bytes are captured first where a checkpoint still needs them. After the memory is given
-/// back, lvp_guest_mark_dirty() follows for the same range. Both, with the discard between them,
-/// are work of a device, for whose end the quiesce callback waits.
+/// Fails where a range goes past the end of the address space.
+fn check_range(gpa: u64, bytes: u64) -> Result<(), Failure> {
+    match gpa.checked_add(bytes) {
+        Some(_) => Ok(()),
+        None => Err(Failure::invalid(format!(
+            "{bytes:#x} bytes at gpa {gpa:#x} go past the end of the address space"
+        ))),
+    }
+}
+
+/// Gives memory back to the host; returns what lvp_guest_discard() returns.
+pub type lvp_discard_callback = Option<unsafe extern "C" fn(user_data: *mut c_void) -> lvp_status>;
+
+/// Gives memory back to the host (a balloon, free page reporting, unplug) at a time at which that
+/// is safe: its bytes are captured first where a checkpoint still needs them, a checkpoint that
+/// begins meanwhile waits, and each takes the memory as changed.
 ///
-/// Returns LVP_OK; LVP_E_INVALID. Blocks while the range is captured, never for storage.
-/// Thread-safe.
+/// All of it is work of a device, for whose end the quiesce callback waits.
+///
+/// @param discard    called once, by this thread, with the range safe to discard: madvise(2),
+///                   fallocate(2). Must not call lvp_guest_discard(), lvp_guest_add_region(),
+///                   lvp_guest_remove_region() or lvp_guest_free(), nor unwind or longjmp() out.
+/// @param user_data  handed to `discard`; not looked at
+///
+/// Returns what `discard` returned, which then is that function's own error; LVP_E_INVALID;
+/// LVP_E_HOST; with either nothing was called. Blocks while the range is captured, never for
+/// storage. Thread-safe.
 ///
 /// Since: 0.1
 ///
 /// # Safety
-/// `guest` is NULL or a live handle.
+/// `guest` is NULL or a live handle; `discard` may be called with `user_data`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lvp_guest_before_discard(
+pub unsafe extern "C" fn lvp_guest_discard(
     guest: *mut lvp_guest,
     gpa: u64,
     bytes: u64,
+    discard: lvp_discard_callback,
+    user_data: *mut c_void,
 ) -> lvp_status {
-    guard(|| {
+    let mut returned = LVP_OK;
+    let status = guard(|| {
         // SAFETY: the caller's contract.
         let guest = unsafe { handle(guest, "guest") }?.vm.guest();
-        guest.before_discard(gpa, bytes);
+        check_range(gpa, bytes)?;
+        let discard = discard.ok_or_else(|| Failure::invalid("discard is NULL"))?;
+        // SAFETY: the caller's contract.
+        let call = || unsafe { discard(user_data) };
+        returned = guest.discard(gpa, bytes, call).map_err(HostError::from)?;
         Ok(())
-    })
+    });
+    if status == LVP_OK { returned } else { status }
 }

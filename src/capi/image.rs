@@ -9,6 +9,23 @@ use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
 use crate::host::Image;
 
+symbol_versions!("0.1":
+    lvp_image_open,
+    lvp_string_free,
+    lvp_image_inspect,
+    lvp_image_description,
+    lvp_image_verify,
+    lvp_image_check_host,
+    lvp_image_range_count,
+    lvp_image_get_range,
+    lvp_image_read,
+    lvp_image_export,
+    lvp_image_section_count,
+    lvp_image_section,
+    lvp_image_state,
+    lvp_image_free,
+);
+
 /// An image that is open for reading; nobody replaces or removes it meanwhile. Opaque; made by
 /// lvp_image_open(), released by lvp_image_free(). Every function may be called from any thread at
 /// any time, but none after or while the handle is freed.

@@ -12,6 +12,19 @@ use super::status::{Failure, LVP_OK, guard, lvp_status};
 use super::{handle, write_out};
 use crate::host::{CheckpointSummary, HostError, Job};
 
+symbol_versions!("0.1":
+    lvp_job_fd,
+    lvp_job_number,
+    lvp_job_wait,
+    lvp_job_cancel,
+    lvp_job_progress,
+    lvp_job_statistics,
+    lvp_job_image,
+    lvp_job_inspect,
+    lvp_job_error,
+    lvp_job_free,
+);
+
 /// A checkpoint under way or done. Opaque; made by lvp_machine_checkpoint(), released by
 /// lvp_job_free(). Every function may be called from any thread at any time, but none after or
 /// while the handle is freed.

@@ -6,6 +6,10 @@ use std::sync::{PoisonError, RwLock};
 
 use super::status::{Failure, guard, lvp_status};
 
+symbol_versions!("0.1":
+    lvp_log_set,
+);
+
 /// How important a message is: the lower, the more.
 pub type lvp_log_level = u32;
 /// Nothing at all.

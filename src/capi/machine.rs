@@ -11,6 +11,20 @@ use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
 use crate::host::{Domain, DomainOptions, EndReason, MachineState, RestoreOptions, RuntimeDir};
 
+symbol_versions!("0.1":
+    lvp_machine_new,
+    lvp_machine_restore,
+    lvp_machine_start,
+    lvp_machine_pause,
+    lvp_machine_resume,
+    lvp_machine_shutdown,
+    lvp_machine_destroy,
+    lvp_machine_get_state,
+    lvp_machine_wait,
+    lvp_machine_checkpoint,
+    lvp_machine_free,
+);
+
 /// A virtual machine. Opaque; made by lvp_machine_new() or lvp_machine_restore(), released by
 /// lvp_machine_free(). Every function may be called from any thread at any time, but none after
 /// or while the handle is freed.

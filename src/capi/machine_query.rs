@@ -8,6 +8,13 @@ use super::machine::lvp_machine;
 use super::status::{guard, lvp_status};
 use super::{check_out, handle, write_out};
 
+symbol_versions!("0.1":
+    lvp_machine_reset,
+    lvp_machine_xml,
+    lvp_machine_inspect,
+    lvp_machine_console,
+);
+
 /// Resets the machine, as its reset button would: it starts from the beginning.
 ///
 /// Returns LVP_OK; LVP_E_INVALID, LVP_E_STATE (it does not run). Blocks until the vCPUs have

@@ -10,6 +10,9 @@
 )]
 #![expect(non_camel_case_types, reason = "the names are C's")]
 
+#[macro_use]
+mod symbols;
+
 mod callbacks;
 mod domain;
 mod events;

@@ -9,6 +9,17 @@ use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
 use crate::host::{ClockPolicy, HostError, SavedState};
 
+symbol_versions!("0.1":
+    lvp_state_new,
+    lvp_state_add,
+    lvp_state_find,
+    lvp_state_section_count,
+    lvp_state_section,
+    lvp_state_free,
+    lvp_kvm_state_save,
+    lvp_kvm_state_restore,
+);
+
 /// The state of a guest but for its memory: sections, each with a name, a number and a version.
 /// Opaque; made by lvp_state_new() or lvp_image_state() and released by lvp_state_free(), or lent
 /// to a save_state callback for its duration.

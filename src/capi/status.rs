@@ -6,6 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::host::{ErrorCode, HostError};
 
+symbol_versions!("0.1":
+    lvp_error_message,
+);
+
 /// What came of a call. Negative values are errors; a program must expect values that it does not
 /// know, since later versions may add some. Values are never reused.
 pub type lvp_status = i32;

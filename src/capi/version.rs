@@ -2,6 +2,11 @@
 
 use std::ffi::c_char;
 
+symbol_versions!("0.1":
+    lvp_version,
+    lvp_version_string,
+);
+
 /// Returns the version of the library that is running, as LVP_VERSION_NUMBER encodes it:
 /// `major << 16 | minor << 8 | patch`.
 ///

@@ -1,13 +1,10 @@
 //! The caller's handle on a running checkpoint.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
 use serde::Serialize;
 
 use crate::checkpoint::control::Control;
@@ -16,6 +13,10 @@ use crate::checkpoint::phase::Phase;
 use crate::checkpoint::stats::Statistics;
 use crate::page::PAGE_BYTES;
 use crate::store::CommittedImage;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::thread::JoinHandle;
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sys::event::Event;
 
 /// A checkpoint that was taken.
 #[derive(Clone, Debug)]
@@ -65,7 +66,7 @@ pub(crate) struct JobShared {
     memory_bytes: u64,
     state: Mutex<State>,
     changed: Condvar,
-    event: OwnedFd,
+    event: Event,
 }
 
 /// What is done once when a checkpoint has ended, with its error.
@@ -98,9 +99,7 @@ impl Job {
     /// Returns how far the checkpoint is. Does not block.
     pub fn progress(&self) -> Progress {
         let control = &self.shared.control;
-        let pages = |counter: &std::sync::atomic::AtomicU64| {
-            counter.load(Ordering::Relaxed) * PAGE_BYTES as u64
-        };
+        let pages = |counter: &AtomicU64| counter.load(Ordering::Relaxed) * PAGE_BYTES as u64;
         let phase = self.shared.lock().phase;
         let scanned_bytes = pages(&control.pages_scanned);
         let elapsed = control.started.elapsed();
@@ -193,8 +192,7 @@ fn eta(elapsed: Duration, done: u64, all: u64) -> Option<Duration> {
 
 impl JobShared {
     pub(crate) fn new(memory_bytes: u64) -> Result<Self, CheckpointError> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| CheckpointError::resource("an eventfd")(error.into()))?;
+        let event = Event::new().map_err(CheckpointError::resource("an eventfd"))?;
         Ok(Self {
             control: Arc::new(Control::new()),
             memory_bytes,
@@ -258,9 +256,7 @@ impl JobShared {
         let listeners = std::mem::take(&mut state.listeners);
         drop(state);
         self.changed.notify_all();
-        if let Err(error) = rustix::io::write(&self.event, &1_u64.to_ne_bytes()) {
-            log::error!("could not signal the end of a checkpoint: {error}");
-        }
+        self.event.set();
         for listener in listeners {
             listener(error.clone());
         }
@@ -299,7 +295,7 @@ mod tests {
         };
         assert!(!readable());
         assert!(job.wait_timeout(Duration::ZERO).is_none());
-        let told = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let told = Arc::new(AtomicU64::new(0));
         let tell = |number: u64| {
             let told = told.clone();
             move |error: Option<CheckpointError>| {

@@ -5,10 +5,12 @@
 //! changes what the VMM set up, but for the kick signal in the threads that enter as vCPUs, which
 //! gets its mask back, and the dirty log of the memory slots while a checkpoint runs.
 
+mod discard;
 mod error;
 mod kvm;
 mod memory;
 mod state;
+mod uses;
 mod vcpu;
 mod view;
 
@@ -33,8 +35,9 @@ pub use kvm::KvmHandle;
 pub use state::{KIND_BYTES_MAX, SavedState};
 pub use vcpu::{Passage, VCPUS_MAX};
 
+use uses::{Use, Uses};
 use vcpu::Vcpus;
-use view::{Shared, Use, View};
+use view::{Shared, View};
 
 /// What is asked of the VMM. Errors are its own numbers, which only messages show.
 ///
@@ -174,7 +177,7 @@ impl ForeignGuest {
                 vmm,
                 kvm: Arc::new(kvm),
                 facts: Mutex::default(),
-                uses: Arc::default(),
+                uses: Uses::new(),
             }),
             regions: Mutex::default(),
             view: RwLock::default(),
@@ -248,15 +251,22 @@ impl ForeignGuest {
         Ok(())
     }
 
-    /// Forgets the view, which has the regions of before; fails while a checkpoint uses it.
+    /// Forgets the view, which has the regions of before; fails while a checkpoint uses it. Waits
+    /// for discards that began with it.
     fn drop_view(&self, what: &'static str) -> Result<(), ForeignError> {
-        let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(old) = &*view
-            && !old.host_writes.claim()
-        {
-            return Err(ForeignError::Busy { what });
+        let old = {
+            let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
+            if let Some(old) = &*view
+                && !old.host_writes.claim()
+            {
+                return Err(ForeignError::Busy { what });
+            }
+            view.take()
+        };
+        // Not with the view locked: a discard looks at it.
+        if let Some(old) = old {
+            old.host_writes.set_discard_observer(None);
         }
-        *view = None;
         Ok(())
     }
 
@@ -266,20 +276,25 @@ impl ForeignGuest {
         start: impl FnOnce(Arc<dyn Guest>) -> Result<T, E>,
     ) -> Result<T, E> {
         let regions = self.lock_regions();
-        let known = self
-            .view
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let view = match known {
-            Some(view) => view,
-            None => {
-                let view = Arc::new(self.make_view(&regions)?);
-                *self.view.write().unwrap_or_else(PoisonError::into_inner) = Some(view.clone());
-                view
-            }
-        };
-        start(view)
+        start(self.view_of(&regions)?)
+    }
+
+    /// Returns the guest with the regions of now.
+    fn view(&self) -> Result<Arc<View>, ForeignError> {
+        // Without waiting for a change of the regions, where it can be.
+        match self.current_view() {
+            Some(view) => Ok(view),
+            None => self.view_of(&self.lock_regions()),
+        }
+    }
+
+    fn view_of(&self, regions: &[Registered]) -> Result<Arc<View>, ForeignError> {
+        if let Some(view) = self.current_view() {
+            return Ok(view);
+        }
+        let view = Arc::new(self.make_view(regions)?);
+        *self.view.write().unwrap_or_else(PoisonError::into_inner) = Some(view.clone());
+        Ok(view)
     }
 
     fn make_view(&self, regions: &[Registered]) -> Result<View, ForeignError> {
@@ -331,14 +346,6 @@ impl ForeignGuest {
     pub fn mark_dirty(&self, gpa: u64, bytes: u64) {
         if let Some(view) = self.current_view() {
             view.host_writes.mark_dirty(gpa, bytes);
-        }
-    }
-
-    /// Tells that memory will be given back to the host; may block until it is captured.
-    pub fn before_discard(&self, gpa: u64, bytes: u64) {
-        if let Some(view) = self.current_view() {
-            // Marked now for nothing, and again by `mark_dirty` afterwards, which counts.
-            drop(view.host_writes.will_discard(PageRun::touching(gpa, bytes)));
         }
     }
 

@@ -1,8 +1,9 @@
 //! The guest as the checkpoint engine sees it, with the memory that it has now.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::uses::{Use, Uses};
 use super::vcpu::Vcpus;
 use super::{GuestIdentity, SavedState, Vmm};
 use crate::foreign::KvmHandle;
@@ -25,43 +26,6 @@ pub(super) struct Shared {
     /// What the guest was built on, as of its last saved state.
     pub(super) facts: Mutex<HostFacts>,
     pub(super) uses: Arc<Uses>,
-}
-
-/// How many views, and pieces of memory, the engine's threads may still touch.
-#[derive(Debug, Default)]
-pub(super) struct Uses {
-    count: Mutex<usize>,
-    changed: Condvar,
-}
-
-/// One of them.
-#[derive(Debug)]
-pub(super) struct Use(Arc<Uses>);
-
-impl Use {
-    pub(super) fn new(uses: &Arc<Uses>) -> Self {
-        *uses.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        Self(uses.clone())
-    }
-}
-
-impl Drop for Use {
-    fn drop(&mut self) {
-        *self.0.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.0.changed.notify_all();
-    }
-}
-
-impl Uses {
-    /// Waits until only `count` are left.
-    pub(super) fn wait_for(&self, count: usize) {
-        let now = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(
-            self.changed
-                .wait_while(now, |now| *now > count)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-    }
 }
 
 /// The guest with the regions of one moment: a region that comes or goes makes another view.

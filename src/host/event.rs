@@ -5,7 +5,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
-use crate::host::MachineState;
+use crate::host::{Happening, MachineState};
 use crate::machine::{self, MachineEvent, ShutoffReason};
 
 /// A change of a domain's machine.
@@ -105,6 +105,31 @@ impl From<MachineEvent> for DomainEvent {
             MachineEvent::Rewound => Self::Rewound,
             MachineEvent::Shutoff(reason) => Self::Ended((&reason).into()),
             MachineEvent::Crashed(why) => Self::Ended(FinalState::crashed(&why)),
+        }
+    }
+}
+
+impl Happening {
+    /// Returns what an event of the machine is to the domain, and what the machine does since, if
+    /// that is something else.
+    pub(super) fn of(event: &MachineEvent) -> (Option<MachineState>, Self) {
+        match event {
+            MachineEvent::Started => (Some(MachineState::Running), Self::Started),
+            MachineEvent::StartedPaused => (Some(MachineState::Paused), Self::Started),
+            MachineEvent::Paused => (Some(MachineState::Paused), Self::Paused),
+            MachineEvent::Resumed => (Some(MachineState::Running), Self::Resumed),
+            MachineEvent::Reset => (None, Self::Reset),
+            MachineEvent::Rewound => (None, Self::Rewound),
+            MachineEvent::Shutoff(reason) => {
+                let state = machine::MachineState::Shutoff {
+                    reason: reason.clone(),
+                };
+                (Some((&state).into()), Self::Ended(reason.into()))
+            }
+            MachineEvent::Crashed(why) => (
+                Some(MachineState::Crashed),
+                Self::Ended(FinalState::crashed(why)),
+            ),
         }
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::host::{ErrorCode, FinalState, MachineState};
-use crate::machine::{self, MachineEvent};
 use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::event::Event;
 
@@ -54,31 +53,6 @@ pub enum Happening {
         /// Why there is no image, where there is none.
         failure: Option<(ErrorCode, String)>,
     },
-}
-
-impl Happening {
-    /// Returns what an event of the machine is to the domain, and what the machine does since, if
-    /// that is something else.
-    pub(super) fn of(event: &MachineEvent) -> (Option<MachineState>, Self) {
-        match event {
-            MachineEvent::Started => (Some(MachineState::Running), Self::Started),
-            MachineEvent::StartedPaused => (Some(MachineState::Paused), Self::Started),
-            MachineEvent::Paused => (Some(MachineState::Paused), Self::Paused),
-            MachineEvent::Resumed => (Some(MachineState::Running), Self::Resumed),
-            MachineEvent::Reset => (None, Self::Reset),
-            MachineEvent::Rewound => (None, Self::Rewound),
-            MachineEvent::Shutoff(reason) => {
-                let state = machine::MachineState::Shutoff {
-                    reason: reason.clone(),
-                };
-                (Some((&state).into()), Self::Ended(reason.into()))
-            }
-            MachineEvent::Crashed(why) => (
-                Some(MachineState::Crashed),
-                Self::Ended(FinalState::crashed(why)),
-            ),
-        }
-    }
 }
 
 /// The watches of a domain.

@@ -42,6 +42,53 @@ pub fn run(command: &mut Command) -> Output {
     output
 }
 
+/// A whole image of a guest, made by an older build.
+pub fn golden() -> PathBuf {
+    root().join("tests/golden/format-0.1-lz4.lpi")
+}
+
+/// How gcc checks the C side.
+pub const SANITIZERS: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover"];
+
+/// Returns the command that runs a program that was compiled with [`SANITIZERS`].
+///
+/// Without their search for leaks, which valgrind does: at the end of the program it stops every
+/// thread by ptrace, those of the kernel's KVM among them, and a thread that closes a VM then waits
+/// for one of these for ever.
+pub fn sanitized(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env("ASAN_OPTIONS", "detect_leaks=0");
+    command
+}
+
+/// Returns the command that runs `program` under valgrind's memcheck.
+pub fn memcheck(program: &Path) -> Command {
+    let mut command = Command::new("valgrind");
+    let known = root().join("ffi-tests/valgrind.supp");
+    command
+        .args(["--quiet", "--leak-check=full", "--error-exitcode=99"])
+        .args([
+            "--show-leak-kinds=definite,indirect,possible",
+            "--errors-for-leak-kinds=definite,indirect,possible",
+        ])
+        .arg(format!("--suppressions={}", known.display()))
+        .arg(program);
+    command
+}
+
+/// Runs a command that must succeed, for so many seconds at most.
+pub fn run_for(seconds: u32, command: &Command) -> Output {
+    let mut bounded = Command::new("timeout");
+    bounded
+        .args(["-k", "10", &seconds.to_string()])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        bounded.env(name, value.unwrap());
+    }
+    run(&mut bounded)
+}
+
 /// Puts the library into `dir`, by the names that linkers and loaders look for.
 fn put_library(dir: &Path) {
     for name in ["liblivepoint.so.0", "liblivepoint.so"] {

@@ -27,8 +27,10 @@
 mod checkpoint;
 #[path = "../common/mod.rs"]
 mod common;
+mod foreign;
 #[path = "../../src/guest/mod.rs"]
 mod guest;
+mod host;
 mod imports;
 #[path = "../../src/page.rs"]
 mod page;
@@ -47,7 +49,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use checkpoint::cow::{arming, pieces};
-use checkpoint::{commit_point, last_set, lease, pool, tracking};
+use checkpoint::{commit_point, completion, last_set, lease, pool, tracking};
+use foreign::lending;
+use host::watching;
 use store::newest_wins;
 
 /// How many times a thread may be interrupted where it could go on. Most bugs need two at most
@@ -88,6 +92,15 @@ const MODELS: &[Model] = models! {
     commit_point::a_commit_and_a_cancel_exclude_each_other: ALL,
     commit_point::a_commit_or_a_cancel_wins: ALL,
     last_set::the_message_comes_after_every_copy: Some(2),
+    completion::the_first_end_counts_for_everybody: Some(3),
+    completion::the_sessions_thread_is_joined_by_one_who_waits: ALL,
+    completion::who_is_woken_by_the_descriptor_finds_the_outcome: ALL,
+    watching::a_reader_misses_nothing: ALL,
+    watching::the_descriptor_is_readable_while_a_notice_waits: ALL,
+    watching::a_watch_that_is_freed_calls_no_more: Some(3),
+    watching::a_watch_that_begins_at_the_end_ends_too: ALL,
+    lending::memory_is_given_back_after_the_last_use: ALL,
+    lending::a_region_goes_when_its_uses_have_ended: ALL,
 };
 
 const TWINS: &[Model] = models! {
@@ -96,6 +109,8 @@ const TWINS: &[Model] = models! {
     tracking::copying_before_rearming_loses_a_store: ALL,
     tracking::marking_before_writing_loses_the_write: ALL,
     pool::without_a_reserve_a_writer_waits_for_the_disk: ALL,
+    watching::a_thread_that_is_not_waited_for_may_call_again: ALL,
+    lending::a_use_that_ends_before_the_last_touch_is_none: ALL,
 };
 
 thread_local! {

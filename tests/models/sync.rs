@@ -14,6 +14,10 @@ pub(crate) mod atomic {
     };
 }
 
+pub(crate) mod thread {
+    pub(crate) use loom::thread::JoinHandle;
+}
+
 /// A condition variable whose waits with a timeout time out at once.
 #[derive(Debug)]
 pub(crate) struct Condvar(loom::sync::Condvar);
@@ -31,11 +35,11 @@ impl Condvar {
         &self,
         mut guard: MutexGuard<'a, T>,
         mut waits: impl FnMut(&mut T) -> bool,
-    ) -> MutexGuard<'a, T> {
+    ) -> LockResult<MutexGuard<'a, T>> {
         while waits(&mut guard) {
             guard = self.0.wait(guard).unwrap();
         }
-        guard
+        Ok(guard)
     }
 
     /// No more is known of a timeout than that it comes some time: here, before anything else.

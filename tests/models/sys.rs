@@ -263,7 +263,7 @@ pub(crate) mod userfault {
                 self.0.told.notify_all();
                 let before = wakes(&tables);
                 let still = |tables: &mut Tables| wakes(tables) == before;
-                tables = self.0.woken.wait_while(tables, still);
+                tables = self.0.woken.wait_while(tables, still).unwrap();
             }
             mapping.store_noted(page, value);
         }
@@ -272,7 +272,12 @@ pub(crate) mod userfault {
         pub(crate) fn next_fault(&self) -> Option<usize> {
             let tables = self.0.tables.lock().unwrap();
             let waits = |tables: &mut Tables| tables.faults.is_empty() && !tables.writers_ended;
-            self.0.told.wait_while(tables, waits).faults.pop_front()
+            self.0
+                .told
+                .wait_while(tables, waits)
+                .unwrap()
+                .faults
+                .pop_front()
         }
 
         /// Says that no more stores are to come.
@@ -290,6 +295,55 @@ pub(crate) mod userfault {
     fn pages(mapping: &GuestMapping, offset: usize, len: usize) -> impl Iterator<Item = usize> {
         let first = mapping.hva() + offset;
         (first..first + len).step_by(PAGE_BYTES)
+    }
+}
+
+pub(crate) mod event {
+    use std::cell::RefCell;
+    use std::io;
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::sync::Arc;
+
+    use loom::sync::atomic::{AtomicBool, Ordering};
+
+    thread_local! {
+        /// The event that was made last. All threads of a model are one.
+        static LAST: RefCell<Option<Event>> = const { RefCell::new(None) };
+    }
+
+    /// An eventfd: who finds it set sees what came before.
+    #[derive(Clone, Debug)]
+    pub(crate) struct Event(Arc<AtomicBool>);
+
+    impl Event {
+        pub(crate) fn new() -> io::Result<Self> {
+            let event = Self(Arc::new(AtomicBool::new(false)));
+            LAST.set(Some(event.clone()));
+            Ok(event)
+        }
+
+        /// Returns the event that was made last, and forgets it: none outlives its model.
+        pub(crate) fn last() -> Self {
+            LAST.take().unwrap()
+        }
+
+        pub(crate) fn set(&self) {
+            self.0.store(true, Ordering::Release);
+        }
+
+        pub(crate) fn clear(&self) {
+            self.0.store(false, Ordering::Release);
+        }
+
+        pub(crate) fn is_set(&self) -> bool {
+            self.0.load(Ordering::Acquire)
+        }
+    }
+
+    impl AsFd for Event {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            unreachable!("no model polls")
+        }
     }
 }
 

@@ -82,7 +82,11 @@ impl ModelGuest {
     /// Waits until the guest is paused no more.
     pub(crate) fn wait_for_resume(&self) {
         let pauses = self.pauses.lock().unwrap();
-        drop(self.resumed.wait_while(pauses, |pauses| *pauses > 0));
+        drop(
+            self.resumed
+                .wait_while(pauses, |pauses| *pauses > 0)
+                .unwrap(),
+        );
     }
 
     /// Returns how often the dirty log was stopped.

@@ -10,6 +10,10 @@ pub(crate) mod control;
 pub(crate) mod error;
 #[path = "../../../src/checkpoint/layout.rs"]
 pub(crate) mod layout;
+#[path = "../../../src/checkpoint/phase.rs"]
+pub(crate) mod phase;
+#[path = "../../../src/checkpoint/job.rs"]
+pub(crate) mod real_job;
 #[path = "../../../src/checkpoint/tracker/mod.rs"]
 pub(crate) mod tracker;
 #[path = "../../../src/checkpoint/watchdog.rs"]
@@ -18,6 +22,7 @@ pub(crate) mod watchdog;
 pub(crate) mod writer;
 
 pub(crate) mod commit_point;
+pub(crate) mod completion;
 pub(crate) mod cow;
 pub(crate) mod last_set;
 pub(crate) mod lease;
@@ -57,7 +62,7 @@ pub(crate) mod job {
     use super::control::Control;
     use super::error::CheckpointError;
 
-    /// A job that notes how it was ended.
+    /// A job that notes how it was ended. The real one is [`super::real_job`].
     pub(crate) struct JobShared {
         pub(crate) control: Arc<Control>,
         pub(crate) ends: Plain<Vec<CheckpointError>>,
@@ -83,11 +88,13 @@ pub(crate) mod stats {
     }
 
     /// For errors that no model makes.
+    #[derive(Debug)]
     pub(crate) struct Statistics {
         pub(crate) rounds: Vec<Round>,
         pub(crate) round_count: u64,
     }
 
+    #[derive(Debug)]
     pub(crate) struct Round {
         pub(crate) dirty_pages_per_s: u64,
     }

@@ -79,6 +79,10 @@ pub(crate) trait Storage: Send + Sync + fmt::Debug {
 
 pub(crate) trait StorageFile {}
 
+/// What no model commits.
+#[derive(Clone, Debug)]
+pub(crate) struct CommittedImage;
+
 /// For the imports of unit tests that are not run here.
 pub(crate) struct FileStorage;
 

@@ -251,7 +251,11 @@ impl Gate {
         if passage.closed {
             passage.running -= 1;
             self.0.1.notify_all();
-            passage = self.0.1.wait_while(passage, |passage| passage.closed);
+            passage = self
+                .0
+                .1
+                .wait_while(passage, |passage| passage.closed)
+                .unwrap();
             passage.running += 1;
         }
     }
@@ -260,7 +264,7 @@ impl Gate {
         let mut passage = self.0.0.lock().unwrap();
         passage.closed = true;
         let waits = |passage: &mut Passage| passage.running > 0 && !passage.never_waits;
-        drop(self.0.1.wait_while(passage, waits));
+        drop(self.0.1.wait_while(passage, waits).unwrap());
     }
 
     /// Has [`Gate::close`] wait for nobody.
