@@ -20,6 +20,12 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// How long one job may take, on a host that is busy with others.
 const JOB_TIMEOUT: Duration = Duration::from_secs(1500);
 
+/// Jobs of the long form only (`LIVEPOINT_LONG=1`): they take minutes each.
+const LONG_JOBS: &[(&str, &str)] = &[(
+    "a_stock_kernel_on_four_cpus_computes_on_through_checkpoints_of_every_protocol",
+    "linux-checkpoint",
+)];
+
 /// What each job proves is said at its beginning.
 const JOBS: &[(&str, &str)] = &[
     (
@@ -38,6 +44,10 @@ const JOBS: &[(&str, &str)] = &[
         "what_a_stock_kernel_has_reported_is_on_its_disk_after_a_crash_and_a_restore",
         "linux-crash",
     ),
+    (
+        "a_stock_kernel_gives_memory_back_and_takes_it_again",
+        "linux-balloon",
+    ),
 ];
 
 /// The L1 machine, while it runs.
@@ -46,6 +56,10 @@ struct Lab {
     share: tempfile::TempDir,
     setting: String,
     jobs: u32,
+}
+
+fn is_long() -> bool {
+    env::var_os("LIVEPOINT_LONG").is_some_and(|value| value == "1")
 }
 
 /// Where the scripts are.
@@ -72,8 +86,7 @@ impl Lab {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()?;
-        let is_long = env::var_os("LIVEPOINT_LONG").is_some_and(|value| value == "1");
-        let checkpoints = if is_long { 20 } else { 5 };
+        let checkpoints = if is_long() { 20 } else { 5 };
         let setting = format!(
             "export LAB='{}' LAB_DIR='{}' LIVEPOINT='{}' LAB_CHECKPOINTS={checkpoints}\n\
              . \"$LAB/functions\"\n",
@@ -152,8 +165,10 @@ fn check(lab: &Mutex<Option<Lab>>, name: &str, job: &str) -> Result<(), Failed> 
 
 fn main() {
     let lab = Arc::new(Mutex::new(None));
+    let long_jobs = if is_long() { LONG_JOBS } else { &[] };
     let trials = JOBS
         .iter()
+        .chain(long_jobs)
         .map(|&(name, job)| {
             let lab = lab.clone();
             Trial::test(name, move || check(&lab, name, job))

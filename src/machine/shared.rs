@@ -38,7 +38,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the end of a machine waits for the reader of its last output.
-const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
+const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a vCPU asks of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

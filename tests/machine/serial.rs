@@ -233,3 +233,26 @@ fn received_bytes_are_in_the_saved_state() {
         assert!(Instant::now() < deadline, "{serial:?}");
     }
 }
+
+#[test]
+fn a_terminal_keeps_the_last_output_for_a_slow_reader() {
+    if !have_kvm() {
+        return;
+    }
+    for _ in 0..5 {
+        let machine = with_backend(ECHO, SerialBackend::Pty { mode: 0o600 });
+        let path = machine.consoles()[0].path.clone().unwrap();
+        let mut terminal = File::options().read(true).write(true).open(&path).unwrap();
+        terminal.write_all(b"last!").unwrap();
+        // The guest has answered; what it said is in the terminal, and nobody has read it.
+        let deadline = Instant::now() + PATIENCE;
+        while rustix::io::ioctl_fionread(&terminal).unwrap() < 5 {
+            assert!(Instant::now() < deadline, "the guest hangs");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let ended = thread::spawn(move || machine.destroy());
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(read_until(&mut terminal, "!"), "last!");
+        ended.join().unwrap();
+    }
+}

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::ioctl_fionread;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
@@ -202,6 +204,26 @@ impl Backend {
         }
     }
 
+    /// Returns whether it is a pseudo-terminal.
+    pub(super) fn is_terminal(&self) -> bool {
+        matches!(self.kind, Kind::Pty { .. })
+    }
+
+    /// Returns whether somebody has the terminal open who has not read all that was sent. It would
+    /// be lost with the terminal.
+    pub(super) fn is_unread(&self) -> bool {
+        let (Kind::Pty { master }, Some(path)) = (&self.kind, &self.path) else {
+            return false;
+        };
+        if is_ready(master.as_fd(), PollFlags::HUP) {
+            return false;
+        }
+        // Only the reader's side tells.
+        let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let terminal = rustix::fs::open(path, flags, Mode::empty());
+        terminal.is_ok_and(|terminal| ioctl_fionread(terminal).is_ok_and(|unread| unread > 0))
+    }
+
     /// Returns what to poll for. The descriptors stay open while somebody polls them: closed
     /// under a poll, their numbers could become other files'.
     pub(super) fn poll_for(&self, input: bool, output: bool) -> Vec<(Arc<OwnedFd>, PollFlags)> {
@@ -338,8 +360,8 @@ fn open_pty(mode: u32) -> io::Result<(OwnedFd, PathBuf)> {
     fs::set_permissions(&path, Permissions::from_mode(mode))?;
     rustix::io::ioctl_fionbio(&master, true)?;
     // Opened and closed once, it counts as one that its reader has left.
-    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
-    drop(rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?);
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    drop(rustix::fs::open(&path, flags, Mode::empty())?);
     Ok((master, path))
 }
 
@@ -365,8 +387,28 @@ fn is_stale(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::time::{Duration, Instant};
 
     use super::*;
+
+    #[test]
+    fn a_terminal_tells_whether_its_reader_has_read_all() {
+        use std::io::Read as _;
+        let mut backend = Backend::open(&SerialBackend::Pty { mode: 0o600 }).unwrap();
+        assert!(!backend.is_unread(), "nobody has it open");
+        let path = backend.path().unwrap().to_owned();
+        let mut reader = OpenOptions::new().read(true).open(path).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while backend.send(b"last") != Sent::Bytes(4) {
+            assert!(Instant::now() < deadline, "the reader is not noticed");
+        }
+        // The kernel passes it on by a thread of its own.
+        while !backend.is_unread() {
+            assert!(Instant::now() < deadline, "nothing arrives");
+        }
+        reader.read_exact(&mut [0; 4]).unwrap();
+        assert!(!backend.is_unread());
+    }
 
     #[test]
     fn what_a_client_wrote_before_it_left_comes_in_though_output_failed_meanwhile() {

@@ -36,6 +36,13 @@ const STALL_MAX: Duration = Duration::from_millis(100);
 /// How often a terminal is looked at for somebody who opens it: nothing tells.
 const REOPEN_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How often a reader must be found to have read all: the kernel passes output on by a thread of its
+/// own, before which there seems to be nothing.
+const READ_TIMES: u32 = 3;
+
+/// How long it takes until the next look.
+const READ_INTERVAL: Duration = Duration::from_millis(2);
+
 /// Bytes of the receive FIFO.
 const FIFO_BYTES: usize = 64;
 
@@ -190,8 +197,28 @@ impl SerialPort {
         self.shared.lock().lost_bytes
     }
 
-    /// Waits until what the guest wrote has gone out, or until `deadline`.
+    /// Waits until what the guest wrote has gone out, and who has the terminal open has read it, or
+    /// until `deadline`.
     pub fn flush_until(&self, deadline: Instant) {
+        let mut line = self.send_until(deadline);
+        let mut read = if line.backend.is_terminal() {
+            0
+        } else {
+            READ_TIMES
+        };
+        while read < READ_TIMES && Instant::now() < deadline {
+            let is_unread = line.backend.is_unread();
+            read = if is_unread { 0 } else { read + 1 };
+            line = self
+                .shared
+                .changed
+                .wait_timeout(line, READ_INTERVAL)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn send_until(&self, deadline: Instant) -> MutexGuard<'_, Line> {
         let mut line = self.shared.lock();
         loop {
             if !line.paused {
@@ -199,7 +226,7 @@ impl SerialPort {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if line.queue.is_empty() || left.is_zero() {
-                return;
+                return line;
             }
             wake(&self.shared.wake);
             line = self

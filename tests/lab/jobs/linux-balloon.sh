@@ -1,6 +1,6 @@
 # A stock kernel gives memory back: what it does not use, by itself, so that an image does not have it;
 # and as much as it is asked for. It takes it again, also after a restore.
-linux_xml net.xml | sed -e '/<disk/,/<\/disk>/d' -e '/<interface/,/<\/interface>/d' \
+linux_xml net.xml | sed -e '/^    <disk/,/<\/disk>/d' -e '/^    <interface/,/<\/interface>/d' \
     -e "s|<memballoon model='none'/>|<memballoon model='virtio' freePageReporting='on'/>|" > linux.xml
 start_vm run linux.xml
 wait_for 300 'lab: guest ready, 1 CPUs'
@@ -75,7 +75,7 @@ ask $((512 << 20)) 0
 mark
 say "$fill"
 wait_for 120 '^(lab# )*filled:'
-check_log
+check_log boot
 say 'poweroff -f'
 wait_vm 60 || fail "the process ended with status $?"
 echo "all right"

@@ -73,7 +73,7 @@ mark
 say 'killall sums journal ping; sleep 1; umount /mnt && echo is unmounted'
 wait_for 60 'is unmounted'
 last=$(reported)
-check_log
+check_log boot
 say 'poweroff -f'
 wait_vm 60 || fail "the process ended with status $?"
 e2fsck -fn disk.img > fsck.log 2>&1 || { cat fsck.log; fail "the file system is not clean"; }
