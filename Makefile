@@ -50,7 +50,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: help build demo test test-long test-packages lab lint bench header abi coverage install install-built uninstall vendor dist deb setup setup-test setup-deb clean
+.PHONY: help build demo test test-long test-packages lab fuzz lint bench header abi coverage install install-built uninstall vendor dist deb setup setup-test setup-deb clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -88,6 +88,9 @@ ifdef JOB
 else
 	$(CARGO) test --release --test lab -- --nocapture
 endif
+
+fuzz: setup-test ## one fuzz target (FUZZ=rpc or domain, FUZZ_SECONDS=60); the stable toolchain does
+	fuzz/run $(or $(FUZZ),rpc) $(or $(FUZZ_SECONDS),60)
 
 lint: setup ## formatting, clippy, and the header against the source
 	$(CARGO) fmt --check
