@@ -435,6 +435,12 @@ pub(super) enum Suite {
     Full,
     /// Promises, each asked of each protocol: kept, refused or broken.
     Contract,
+    /// Increments after a little of memory was written, beside whole checkpoints.
+    Increments,
+    /// Lazy restore beside an eager one: first output, and the total of a computation.
+    Lazy,
+    /// A guest put back in place, beside an eager restore.
+    Rewind,
     /// NAS Parallel Benchmarks with a checkpoint on the way.
     Npb,
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use super::worker::wait_for;
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::Method;
 use crate::host::{
-    CheckpointRequest, CheckpointSummary, Domain, DomainChanges, ErrorCode, RuntimeDir, host_tsc,
+    CheckpointRequest, CheckpointSummary, Domain, DomainChanges, ErrorCode, RewindSummary,
+    RuntimeDir, host_tsc,
 };
 
 /// How long a process may take until its control socket answers.
@@ -45,35 +46,7 @@ impl VmProcess {
     }
 
     fn spawn(dir: &Path, tag: &str, name: &str, args: &[&OsStr]) -> anyhow::Result<Self> {
-        let console = ConsoleLog::new(dir.join(format!("{tag}.console")));
-        let errors = dir.join(format!("{tag}.err"));
-        let runtime_dir = dir.join("run");
-        let runtime = RuntimeDir::at(&runtime_dir)?;
-        let program = std::env::current_exe().context("could not find this program's own file")?;
-        let mut child = Command::new(program)
-            .arg("--runtime-dir")
-            .arg(&runtime_dir)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(create(console.path())?)
-            .stderr(create(&errors)?)
-            .spawn()
-            .context("could not start a process for the virtual machine")?;
-        match wait_for(&runtime, name, &mut child, &errors, START_TIMEOUT) {
-            Ok(client) => Ok(Self {
-                child,
-                client,
-                console,
-            }),
-            Err(error) => {
-                end(&mut child);
-                let printed = console.text().unwrap_or_default();
-                Err(match printed.trim() {
-                    "" => error,
-                    printed => error.context(format!("the guest printed: {printed}")),
-                })
-            }
-        }
+        Spawned::new(dir, tag, name, args)?.answer()
     }
 
     /// Returns the guest's console.
@@ -138,6 +111,16 @@ impl VmProcess {
         Ok(self.client.run(Method::Pause)?)
     }
 
+    /// Lets the guest's vCPUs run on.
+    pub fn resume(&mut self) -> anyhow::Result<()> {
+        Ok(self.client.run(Method::Resume)?)
+    }
+
+    /// Puts the guest back to its last incremental checkpoint.
+    pub fn rewind(&mut self) -> anyhow::Result<RewindSummary> {
+        Ok(self.client.rewind(None)?)
+    }
+
     /// Kills the process as a crash would: no handler runs.
     pub fn kill(mut self) {
         end(&mut self.child);
@@ -157,6 +140,116 @@ impl VmProcess {
                 );
             }
             std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// How an image is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// All of memory is read first.
+    Eager,
+    /// The guest runs at once.
+    Lazy,
+}
+
+/// A domain's process that need not answer yet. Dropping it kills the process.
+#[derive(Debug)]
+pub(super) struct Spawned {
+    child: Option<Child>,
+    began: Instant,
+    name: String,
+    runtime: RuntimeDir,
+    console: ConsoleLog,
+    errors: PathBuf,
+}
+
+impl Spawned {
+    fn new(dir: &Path, tag: &str, name: &str, args: &[&OsStr]) -> anyhow::Result<Self> {
+        let console = ConsoleLog::new(dir.join(format!("{tag}.console")));
+        let errors = dir.join(format!("{tag}.err"));
+        let runtime_dir = dir.join("run");
+        let runtime = RuntimeDir::at(&runtime_dir)?;
+        let program = std::env::current_exe().context("could not find this program's own file")?;
+        let mut command = Command::new(program);
+        command
+            .arg("--runtime-dir")
+            .arg(&runtime_dir)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(create(console.path())?)
+            .stderr(create(&errors)?);
+        let began = Instant::now();
+        let child = command
+            .spawn()
+            .context("could not start a process for the virtual machine")?;
+        Ok(Self {
+            child: Some(child),
+            began,
+            name: name.to_owned(),
+            runtime,
+            console,
+            errors,
+        })
+    }
+
+    /// Restores `image` as a domain of another name, which may run beside the one that was saved.
+    pub fn another(dir: &Path, tag: &str, image: &Path, start: Start) -> anyhow::Result<Self> {
+        let mut args: Vec<&OsStr> = vec!["restore".as_ref(), image.as_os_str()];
+        args.extend(["--new-identity", "--name", tag].map(OsStr::new));
+        if start == Start::Lazy {
+            args.push("--lazy".as_ref());
+        }
+        Self::new(dir, tag, tag, &args)
+    }
+
+    /// Waits until the guest has printed something, and returns how long that was after the command.
+    pub fn first_output(&mut self) -> anyhow::Result<Duration> {
+        /// How often the console is looked at: the figure is so much too late at most.
+        const LOOK: Duration = Duration::from_micros(200);
+        while fs::metadata(self.console.path())?.len() == 0 {
+            let ended = self.child.as_mut().map(Child::try_wait).transpose()?;
+            if ended.flatten().is_some() || self.began.elapsed() > START_TIMEOUT {
+                let said = fs::read_to_string(&self.errors).unwrap_or_default();
+                bail!("the guest printed nothing: {}", said.trim());
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(self.began.elapsed())
+    }
+
+    /// Waits until the process answers.
+    pub fn answer(mut self) -> anyhow::Result<VmProcess> {
+        let mut child = self.child.take().expect("it is taken only here");
+        let console = ConsoleLog::new(self.console.path().to_owned());
+        match wait_for(
+            &self.runtime,
+            &self.name,
+            &mut child,
+            &self.errors,
+            START_TIMEOUT,
+        ) {
+            Ok(client) => Ok(VmProcess {
+                child,
+                client,
+                console,
+            }),
+            Err(error) => {
+                end(&mut child);
+                let printed = console.text().unwrap_or_default();
+                Err(match printed.trim() {
+                    "" => error,
+                    printed => error.context(format!("the guest printed: {printed}")),
+                })
+            }
+        }
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            end(child);
         }
     }
 }

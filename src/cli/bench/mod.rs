@@ -10,6 +10,8 @@ mod contract;
 mod downtime;
 mod full;
 mod huge_pages;
+mod increments;
+mod lazy;
 mod loss;
 mod lost_work;
 mod machine;
@@ -18,6 +20,7 @@ mod plots;
 mod qemu;
 mod qmp;
 mod report;
+mod rewind;
 mod sample;
 mod setup;
 mod sizes;
@@ -45,6 +48,9 @@ pub(super) fn bench(context: &Context, args: &BenchArgs) -> anyhow::Result<()> {
                 Suite::LostWork => suites.lost_work = Some(lost_work::run(&setup)?),
                 Suite::Full => suites.full = Some(full::run(&setup)?),
                 Suite::Contract => suites.contract = Some(contract::run(&setup)?),
+                Suite::Increments => suites.increments = Some(increments::run(&setup)?),
+                Suite::Lazy => suites.lazy = Some(lazy::run(&setup)?),
+                Suite::Rewind => suites.rewind = Some(rewind::run(&setup)?),
                 Suite::Npb => suites.npb = Some(npb::run(&setup)?),
             }
         }

@@ -10,10 +10,13 @@ use super::super::output::bytes;
 use super::contract::Contract;
 use super::downtime::Downtime;
 use super::full::Full;
+use super::increments::Increments;
+use super::lazy::Lazy;
 use super::lost_work::LostWork;
 use super::machine::Host;
 use super::npb::Npb;
 use super::plots::{Plot, lost_work_plots, npb_plots};
+use super::rewind::Rewind;
 use super::setup::Setup;
 use super::sizes::Sizes;
 
@@ -48,6 +51,12 @@ pub(super) struct Suites {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub contract: Option<Contract>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub increments: Option<Increments>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lazy: Option<Lazy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rewind: Option<Rewind>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub npb: Option<Npb>,
 }
 
@@ -72,6 +81,9 @@ impl Report {
             lost_work,
             full,
             contract,
+            increments,
+            lazy,
+            rewind,
             npb,
         } = &self.suites;
         let parts = [
@@ -80,6 +92,9 @@ impl Report {
             lost_work.as_ref().map(LostWork::markdown),
             full.as_ref().map(Full::markdown),
             contract.as_ref().map(Contract::markdown),
+            increments.as_ref().map(Increments::markdown),
+            lazy.as_ref().map(Lazy::markdown),
+            rewind.as_ref().map(Rewind::markdown),
             npb.as_ref().map(Npb::markdown),
         ];
         let parts: Vec<String> = parts.into_iter().flatten().collect();

@@ -44,6 +44,7 @@ impl Target {
             max_downtime: None,
             deadline: None,
             max_staging_bytes: None,
+            incremental: false,
         }
     }
 
@@ -135,6 +136,11 @@ impl<'a> Setup<'a> {
             bail!("asked to end");
         }
         Ok(())
+    }
+
+    /// Returns a directory for what machines leave.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
     }
 
     /// Returns the place in memory.

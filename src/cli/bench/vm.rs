@@ -127,6 +127,8 @@ pub(super) struct Request {
     pub deadline: Option<Duration>,
     /// Most bytes of staged copies, where not the contender's choice.
     pub max_staging_bytes: Option<u64>,
+    /// Whether it continues the one before it in its directory.
+    pub incremental: bool,
 }
 
 /// A checkpoint that was taken.
@@ -310,6 +312,7 @@ fn wanted(
     wanted.max_staging_bytes = request.max_staging_bytes.or(staging.bytes(memory_bytes));
     wanted.max_downtime_us = request.max_downtime.map(whole_micros);
     wanted.deadline_ms = request.deadline.map(|most| whole_micros(most) / 1000);
+    wanted.incremental = request.incremental;
     wanted.durable = request.durable;
     wanted.spare.clone_from(&request.spare);
     wanted
