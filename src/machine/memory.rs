@@ -340,10 +340,10 @@ impl GuestRam {
     /// what they held. What of `run` is no memory is left out.
     ///
     /// Announced as a discard: blocks until a checkpoint under way has what it needs. Nothing is
-    /// given back of memory that is locked, allocated in advance, of hugetlb, or still comes from
-    /// an image.
+    /// given back of memory that is locked, allocated in advance, of hugetlb, shared with other
+    /// machines (it would hold what it started as), or still comes from an image.
     pub fn discard(&self, run: PageRun) -> io::Result<()> {
-        let is_kept = self.spec.locked || self.spec.preallocate;
+        let is_kept = self.spec.locked || self.spec.preallocate || self.spec.shared.is_some();
         let still_comes = || {
             let filling = self.lock_filling();
             filling
