@@ -64,6 +64,7 @@ fn write_header(path: &Path) -> Result<(), Box<dyn Error>> {
         "domain",
         "machine",
         "machine_query",
+        "chain",
         "events",
         "job",
         "image",

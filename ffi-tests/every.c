@@ -53,6 +53,15 @@ static void null_everywhere(void)
     EXPECT(lvp_events_fd(NULL) == -1);
     REFUSED(lvp_log_set(NULL, NULL, 5), LVP_E_INVALID);
     REFUSED(lvp_machine_checkpoint(NULL, "x", NULL, &job), LVP_E_INVALID);
+    REFUSED(lvp_machine_rewind(NULL, NULL), LVP_E_INVALID);
+    lvp_shared_memory *memory = NULL;
+    REFUSED(lvp_shared_memory_load(NULL, &memory), LVP_E_INVALID);
+    REFUSED(lvp_shared_memory_load("/", NULL), LVP_E_INVALID);
+    lvp_shared_memory_free(NULL);
+    REFUSED(lvp_image_rebase(NULL, "x", 0, 0), LVP_E_INVALID);
+    REFUSED(lvp_image_rebase("/", NULL, 0, 0), LVP_E_INVALID);
+    REFUSED(lvp_image_rebase("/", "x", 99, 0), LVP_E_INVALID);
+    REFUSED(lvp_images_collect(NULL, 1, &word), LVP_E_INVALID);
     REFUSED(lvp_job_wait(NULL, 0), LVP_E_INVALID);
     REFUSED(lvp_job_cancel(NULL), LVP_E_INVALID);
     REFUSED(lvp_job_progress(NULL, NULL), LVP_E_INVALID);

@@ -79,6 +79,12 @@ typedef struct lvp_job lvp_job;
 typedef struct lvp_machine lvp_machine;
 
 /**
+ * The memory of an image, for machines that share it until they write it. Opaque; made by
+ * lvp_shared_memory_load(), released by lvp_shared_memory_free(). May be used by any thread.
+ */
+typedef struct lvp_shared_memory lvp_shared_memory;
+
+/**
  * The state of a guest but for its memory: sections, each with a name, a number and a version.
  * Opaque; made by lvp_state_new() or lvp_image_state() and released by lvp_state_free(), or lent
  * to a save_state callback for its duration.
@@ -157,6 +163,27 @@ typedef struct {
    * How many; at most as many as the machine has serial ports.
    */
   size_t console_count;
+  /**
+   * lvp_machine_restore(): another name, and with it a new UUID, so that several machines can run
+   * from one image; NULL: those that were saved. Borrowed for the call.
+   */
+  const char *new_name;
+  /**
+   * lvp_machine_restore(): memory of the same image, which the machine shares with others until
+   * it writes it; NULL: memory of its own. It may be released once the call has returned.
+   */
+  const lvp_shared_memory *shared_memory;
+  /**
+   * lvp_machine_restore(), not 0: the machine can run at once, and its memory comes as it is
+   * touched. A damaged part of the image, found late, ends the machine with an error that names
+   * it.
+   */
+  uint32_t lazy;
+  /**
+   * lvp_machine_restore(), not 0: the guest's writes are tracked from the first one on, so that
+   * the first incremental checkpoint has only what was written since the image.
+   */
+  uint32_t track;
 } lvp_machine_options;
 
 /**
@@ -244,6 +271,18 @@ typedef struct {
    * none.
    */
   const char *spare;
+  /**
+   * Not 0: the image has only what was written since the machine's last such image in the same
+   * directory, where there is one, and needs the images before it. The guest's writes are tracked
+   * from then on, which costs it a fault for each page that it writes between two images. Of
+   * machines only: must be 0 in lvp_guest_checkpoint().
+   */
+  uint32_t incremental;
+  /**
+   * How many of the machine's images to keep in the directory; older ones are removed once the
+   * new one is whole, as far as no kept one needs them. 0: all.
+   */
+  uint32_t keep;
 } lvp_checkpoint_options;
 
 /**
@@ -1145,6 +1184,81 @@ lvp_status lvp_machine_inspect(const lvp_machine *machine, char **json_out);
  * Since: 0.1
  */
 lvp_status lvp_machine_console(lvp_machine *machine, uint32_t number, int *fd_out);
+
+/**
+ * Puts a machine back to an image of it, in place: the same process, VM and memory, of which what
+ * has not changed since is kept where the guest's writes are tracked (`incremental` and `track` of
+ * the options). A machine that is paused stays paused. The guest is told by a new generation id.
+ *
+ * @param machine  running or paused
+ * @param image    path of an image file, or of a directory: then its newest image. NULL: the last
+ *                 incremental checkpoint of the machine. Borrowed for the call.
+ *
+ * Returns LVP_OK; LVP_E_INVALID (of another domain, or there is no last checkpoint), LVP_E_NOT_FOUND,
+ * LVP_E_CORRUPT, LVP_E_INCOMPATIBLE, LVP_E_UNSUPPORTED (the guest writes to a disk), LVP_E_STATE (it
+ * does not run), LVP_E_BUSY (a checkpoint of it runs), LVP_E_IO. After each of these the machine is
+ * as it was; where memory fails to be written after that, it ends. Blocks until the machine goes on.
+ * Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_machine_rewind(lvp_machine *machine,
+                              const char *image);
+
+/**
+ * Reads the memory of an image once, checks every byte of it, and keeps it for machines that start
+ * from that image (`shared_memory` of lvp_machine_options) and share its pages until they write
+ * them. Nobody can change it, in this process or another.
+ *
+ * @param image       path of an image file, or of a directory: then its newest image
+ * @param memory_out  receives the memory; release it with lvp_shared_memory_free()
+ *
+ * Returns LVP_OK; LVP_E_INVALID, LVP_E_NOT_FOUND, LVP_E_CORRUPT, LVP_E_UNSUPPORTED (memory that is
+ * locked or in hugetlb pages), LVP_E_HOST, LVP_E_IO. Blocks while the image is read. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_shared_memory_load(const char *image, lvp_shared_memory **memory_out);
+
+/**
+ * Releases shared memory; machines that use it keep it. NULL is ignored. Does not block.
+ *
+ * Since: 0.1
+ */
+void lvp_shared_memory_free(lvp_shared_memory *memory);
+
+/**
+ * Writes an image that holds the same as another and needs no other one.
+ *
+ * @param image        path of an image file, or of a directory: then its newest image
+ * @param out          path of the image file to write, or of a directory to add the image to
+ * @param out_codec    an LVP_CODEC_ value
+ * @param codec_level  level of LVP_CODEC_ZSTD, from 1 to 19, or 0; 0 with other codecs
+ *
+ * Returns LVP_OK; LVP_E_INVALID, LVP_E_NOT_FOUND, LVP_E_CORRUPT, LVP_E_BUSY (what is at `out` is in
+ * use or needed by another image), LVP_E_IO. Blocks while it is written. Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_image_rebase(const char *image,
+                            const char *out,
+                            lvp_codec out_codec,
+                            uint32_t codec_level);
+
+/**
+ * Removes images from a directory that are older than the newest `keep` of their domain, as far as
+ * no kept one needs them and nobody reads them.
+ *
+ * @param directory    directory of images
+ * @param keep         how many images of each domain to keep, at least 1
+ * @param removed_out  receives how many were removed; may be NULL
+ *
+ * Returns LVP_OK; LVP_E_INVALID, LVP_E_NOT_FOUND, LVP_E_IO. Blocks while files are removed.
+ * Thread-safe.
+ *
+ * Since: 0.1
+ */
+lvp_status lvp_images_collect(const char *directory, uint32_t keep, uint64_t *removed_out);
 
 /**
  * Watches a machine: its starts, pauses, resets and end, also over restarts, and its checkpoints.

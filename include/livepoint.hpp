@@ -150,6 +150,8 @@ public:
     void pause() { check(lvp_machine_pause(handle_.get())); }
     void resume() { check(lvp_machine_resume(handle_.get())); }
     void reset() { check(lvp_machine_reset(handle_.get())); }
+    /// Puts it back to an image of it, in place; without one to its last incremental checkpoint.
+    void rewind(const char *image = nullptr) { check(lvp_machine_rewind(handle_.get(), image)); }
     void shutdown() { check(lvp_machine_shutdown(handle_.get())); }
     void destroy() { check(lvp_machine_destroy(handle_.get())); }
     lvp_machine_state state() const

@@ -100,6 +100,23 @@ fn valgrind_finds_no_error_and_no_leak_in_a_machine_with_watchers() {
 }
 
 #[test]
+fn a_chain_is_grown_gone_back_on_and_shared_from_c() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("images")).unwrap();
+    let program = compile(dir.path(), "ffi-tests/chain.c", &[]);
+    let mut command = Command::new(&program);
+    let output = run(command.arg(guest_file(dir.path(), "npb")).arg(dir.path()));
+    assert!(String::from_utf8_lossy(&output.stdout).ends_with("chain: done\n"));
+    let console = std::fs::read_to_string(dir.path().join("console")).unwrap();
+    // The original, the one restored lazily, and two that share memory.
+    let done = console.matches("npb: done runs=4 failed=0").count();
+    assert_eq!(done, 4, "{console}");
+}
+
+#[test]
 fn every_function_refuses_what_it_must_and_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let program = compile(dir.path(), "ffi-tests/every.c", &[]);

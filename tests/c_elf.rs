@@ -138,19 +138,16 @@ fn programs_of_before_find_the_abi_that_they_were_compiled_for() {
         header.replacen(from, to, 1)
     };
     // What may change, and what may not.
-    let count = "  size_t console_count;\n} lvp_machine_options;";
+    let count = "  size_t console_count;\n";
     let grown = changed(
-        count,
-        "  size_t console_count;\n  int more;\n} lvp_machine_options;",
+        "} lvp_machine_options;",
+        "  uint64_t more;\n} lvp_machine_options;",
     );
     assert!(breaks(&grown).is_empty(), "{:#?}", breaks(&grown));
     let version = "uint32_t lvp_version(void);";
     for broken in [
-        changed(
-            count,
-            "  int first;\n  size_t console_count;\n} lvp_machine_options;",
-        ),
-        changed(count, "} lvp_machine_options;"),
+        changed(count, "  int first;\n  size_t console_count;\n"),
+        changed(count, ""),
         changed(version, ""),
         changed(version, "uint64_t lvp_version(void);"),
         changed(version, "uint32_t lvp_version(int more);"),

@@ -320,6 +320,9 @@ pub unsafe extern "C" fn lvp_guest_checkpoint(
         let guest = unsafe { handle(guest, "guest") }?;
         // SAFETY: the caller's contract.
         let (path, request) = unsafe { checkpoint_arguments(out, options) }?;
+        if request.incremental || request.keep.is_some() {
+            return Err(Failure::invalid("incremental and keep are for machines"));
+        }
         let job = lvp_job::new(guest.vm.start_checkpoint(&path, &request)?);
         let job = Box::into_raw(Box::new(job));
         // SAFETY: checked above not to be null; writable by the caller's contract.

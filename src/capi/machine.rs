@@ -9,7 +9,7 @@ use super::job::lvp_job;
 use super::options::{checkpoint_arguments, lvp_checkpoint_options, lvp_machine_options, read};
 use super::status::{Failure, guard, lvp_status};
 use super::{check_out, handle, str_argument, write_out};
-use crate::host::{Domain, DomainOptions, EndReason, MachineState, RestoreOptions, RuntimeDir};
+use crate::host::{Domain, DomainOptions, EndReason, MachineState, RuntimeDir};
 
 symbol_versions!("0.1":
     lvp_machine_new,
@@ -82,7 +82,10 @@ pub unsafe extern "C" fn lvp_machine_new(
         // SAFETY: the caller's contract.
         let xml = unsafe { str_argument(xml, "xml") }?;
         // SAFETY: the caller's contract.
-        let options = unsafe { domain_options(options) }?;
+        let options = unsafe { read(options) }?;
+        options.check_new()?;
+        // SAFETY: the caller's contract.
+        let options = unsafe { domain_options(&options) }?;
         let domain = Arc::new(Domain::define(xml, options)?);
         let machine = Box::into_raw(Box::new(lvp_machine { domain }));
         // SAFETY: checked above not to be null; writable by the caller's contract.
@@ -117,8 +120,12 @@ pub unsafe extern "C" fn lvp_machine_restore(
         // SAFETY: the caller's contract.
         let image = unsafe { str_argument(image, "image") }?;
         // SAFETY: the caller's contract.
-        let options = unsafe { domain_options(options) }?;
-        let domain = Domain::restore(Path::new(image), &RestoreOptions::default(), options)?;
+        let options = unsafe { read(options) }?;
+        // SAFETY: the caller's contract.
+        let restore = unsafe { options.to_restore() }?;
+        // SAFETY: the caller's contract.
+        let options = unsafe { domain_options(&options) }?;
+        let domain = Domain::restore(Path::new(image), &restore, options)?;
         let machine = Box::into_raw(Box::new(lvp_machine {
             domain: Arc::new(domain),
         }));
@@ -130,10 +137,8 @@ pub unsafe extern "C" fn lvp_machine_restore(
 /// Reads the options of a new machine.
 ///
 /// # Safety
-/// `options` is null or points to `options->struct_size` readable bytes, with valid strings.
-unsafe fn domain_options(options: *const lvp_machine_options) -> Result<DomainOptions, Failure> {
-    // SAFETY: by the function's contract.
-    let options = unsafe { read(options) }?;
+/// The strings and arrays of `options` are valid.
+unsafe fn domain_options(options: &lvp_machine_options) -> Result<DomainOptions, Failure> {
     // SAFETY: by the function's contract.
     let path = unsafe { options.runtime_path() }?;
     let runtime = path.map_or_else(RuntimeDir::of_this_user, RuntimeDir::at)?;

@@ -14,6 +14,7 @@
 mod symbols;
 
 mod callbacks;
+mod chain;
 mod domain;
 mod events;
 mod guest;
@@ -30,6 +31,7 @@ mod status;
 mod version;
 
 pub use callbacks::*;
+pub use chain::*;
 pub use domain::*;
 pub use events::*;
 pub use guest::*;

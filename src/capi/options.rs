@@ -8,10 +8,13 @@ use std::ptr;
 use std::slice;
 use std::sync::Arc;
 
+use super::chain::lvp_shared_memory;
 use super::state::fd_argument;
 use super::status::Failure;
-use super::{slice_argument, str_argument};
-use crate::host::{CheckpointRequest, Codec, Protocol, ThreadCount, duplicate_descriptor};
+use super::{handle, slice_argument, str_argument};
+use crate::host::{
+    CheckpointRequest, Codec, Protocol, RestoreOptions, ThreadCount, duplicate_descriptor,
+};
 
 /// Longest options struct that a caller may pass: far beyond any this library will have, so that
 /// an uninitialised size is refused rather than read.
@@ -133,10 +136,18 @@ pub struct lvp_checkpoint_options {
     /// than new room; borrowed for the call. It is gone whatever comes of the checkpoint. NULL:
     /// none.
     pub spare: *const c_char,
+    /// Not 0: the image has only what was written since the machine's last such image in the same
+    /// directory, where there is one, and needs the images before it. The guest's writes are tracked
+    /// from then on, which costs it a fault for each page that it writes between two images. Of
+    /// machines only: must be 0 in lvp_guest_checkpoint().
+    pub incremental: u32,
+    /// How many of the machine's images to keep in the directory; older ones are removed once the
+    /// new one is whole, as far as no kept one needs them. 0: all.
+    pub keep: u32,
 }
 
 // SAFETY: `repr(C)` integers and a pointer, `struct_size` first; 4 + 4 + 4 + 4 + 8 + 8 + 4 + 4 +
-// 3 * 8 + 4 + 4 + 8 bytes follow it with no padding.
+// 3 * 8 + 4 + 4 + 8 + 4 + 4 bytes follow it with no padding.
 unsafe impl Options for lvp_checkpoint_options {
     const SIZE_FIRST: usize = 48;
     const DEFAULT: Self = Self {
@@ -155,6 +166,8 @@ unsafe impl Options for lvp_checkpoint_options {
         pause_limit_ms: 0,
         codec_level: 0,
         spare: ptr::null(),
+        incremental: 0,
+        keep: 0,
     };
 }
 
@@ -196,15 +209,7 @@ impl lvp_checkpoint_options {
             return Err(Failure::invalid("reserved must be 0"));
         }
         let mut request = CheckpointRequest::new(protocol);
-        request.codec = match self.codec {
-            LVP_CODEC_DEFAULT | LVP_CODEC_LZ4 => Codec::Lz4,
-            LVP_CODEC_NONE => Codec::None,
-            LVP_CODEC_ZSTD => self.zstd()?,
-            other => return Err(Failure::invalid(format!("there is no codec {other}"))),
-        };
-        if self.codec_level != 0 && self.codec != LVP_CODEC_ZSTD {
-            return Err(Failure::invalid("codec_level is for LVP_CODEC_ZSTD"));
-        }
+        request.codec = codec(self.codec, self.codec_level)?;
         if !self.spare.is_null() {
             // SAFETY: by the function's contract.
             let spare = unsafe { str_argument(self.spare, "spare") }?;
@@ -225,15 +230,27 @@ impl lvp_checkpoint_options {
         request.downtime_budget_us =
             (self.downtime_budget_us != 0).then_some(self.downtime_budget_us);
         request.durable = self.no_sync == 0;
+        request.incremental = self.incremental != 0;
+        request.keep = (self.keep != 0).then_some(self.keep);
         Ok(request)
     }
+}
 
-    /// Returns the codec with the level that was asked for.
-    fn zstd(&self) -> Result<Codec, Failure> {
-        let level = self.codec_level.max(1);
-        format!("zstd:{level}")
-            .parse()
-            .map_err(|_| Failure::invalid(format!("codec_level is {level}")))
+/// Returns the codec that was asked for, at its level.
+pub(super) fn codec(codec: lvp_codec, level: u32) -> Result<Codec, Failure> {
+    if level != 0 && codec != LVP_CODEC_ZSTD {
+        return Err(Failure::invalid("codec_level is for LVP_CODEC_ZSTD"));
+    }
+    match codec {
+        LVP_CODEC_DEFAULT | LVP_CODEC_LZ4 => Ok(Codec::Lz4),
+        LVP_CODEC_NONE => Ok(Codec::None),
+        LVP_CODEC_ZSTD => {
+            let level = level.max(1);
+            format!("zstd:{level}")
+                .parse()
+                .map_err(|_| Failure::invalid(format!("codec_level is {level}")))
+        }
+        other => Err(Failure::invalid(format!("there is no codec {other}"))),
     }
 }
 
@@ -255,9 +272,23 @@ pub struct lvp_machine_options {
     pub console_fds: *const c_int,
     /// How many; at most as many as the machine has serial ports.
     pub console_count: usize,
+    /// lvp_machine_restore(): another name, and with it a new UUID, so that several machines can run
+    /// from one image; NULL: those that were saved. Borrowed for the call.
+    pub new_name: *const c_char,
+    /// lvp_machine_restore(): memory of the same image, which the machine shares with others until
+    /// it writes it; NULL: memory of its own. It may be released once the call has returned.
+    pub shared_memory: *const lvp_shared_memory,
+    /// lvp_machine_restore(), not 0: the machine can run at once, and its memory comes as it is
+    /// touched. A damaged part of the image, found late, ends the machine with an error that names
+    /// it.
+    pub lazy: u32,
+    /// lvp_machine_restore(), not 0: the guest's writes are tracked from the first one on, so that
+    /// the first incremental checkpoint has only what was written since the image.
+    pub track: u32,
 }
 
-// SAFETY: `repr(C)`, integers and pointers of 8 bytes each; `struct_size` is first; no padding.
+// SAFETY: `repr(C)`, integers and pointers of 8 bytes each and two of 4; `struct_size` is first; no
+// padding.
 unsafe impl Options for lvp_machine_options {
     const SIZE_FIRST: usize = 16;
     const DEFAULT: Self = Self {
@@ -265,6 +296,10 @@ unsafe impl Options for lvp_machine_options {
         runtime_dir: ptr::null(),
         console_fds: ptr::null(),
         console_count: 0,
+        new_name: ptr::null(),
+        shared_memory: ptr::null(),
+        lazy: 0,
+        track: 0,
     };
 }
 
@@ -282,6 +317,37 @@ impl lvp_machine_options {
             Ok(Arc::new(duplicate_descriptor(fd)?))
         });
         copies.collect()
+    }
+
+    /// Fails where something is asked of a new machine that only a restored one can have.
+    pub(super) fn check_new(&self) -> Result<(), Failure> {
+        let given = !self.new_name.is_null() || !self.shared_memory.is_null();
+        if given || self.lazy != 0 || self.track != 0 {
+            let why = "new_name, shared_memory, lazy and track are for lvp_machine_restore()";
+            return Err(Failure::invalid(why));
+        }
+        Ok(())
+    }
+
+    /// Returns how an image is restored.
+    ///
+    /// # Safety
+    /// `new_name` is null or a zero-terminated string, `shared_memory` null or a live handle.
+    pub(super) unsafe fn to_restore(self) -> Result<RestoreOptions, Failure> {
+        let mut restore = RestoreOptions::default();
+        if !self.new_name.is_null() {
+            // SAFETY: by the function's contract.
+            let name = unsafe { str_argument(self.new_name, "new_name") }?;
+            restore.new_name = Some(name.to_owned());
+        }
+        if !self.shared_memory.is_null() {
+            // SAFETY: by the function's contract.
+            let shared = unsafe { handle(self.shared_memory, "shared_memory") }?;
+            restore.shared = Some(shared.memory.clone());
+        }
+        restore.lazy = self.lazy != 0;
+        restore.track = self.track != 0;
+        Ok(restore)
     }
 
     /// Returns the runtime directory asked for.
