@@ -6,10 +6,11 @@ mod common;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use common::gated::{Gate, GatedStorage};
 use common::memory::{assert_same_memory, copy_at_pause, shadow};
-use common::{Random, have_kvm, wait_line};
+use common::{Random, have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report};
 use livepoint::guest::{Backing, Guest, MemoryFill as _, MemoryRegion};
 use livepoint::guests;
@@ -131,6 +132,62 @@ fn memory_that_comes_as_it_is_touched_is_that_of_an_eager_restore() {
 }
 
 #[test]
+fn a_flipped_bit_in_any_chunk_is_named_and_no_byte_of_its_pages_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = write_chain(dir.path());
+    let layer = image.layer_paths().next().unwrap().to_owned();
+    let tip = image.path().to_owned();
+    let (chunks, own) = (image.chunk_count(), image.own_chunk_count());
+    drop(image);
+    let mut random = Random::new(88);
+    for chunk in 0..chunks {
+        let (file, number) = if chunk < own {
+            (&tip, chunk)
+        } else {
+            (&layer, chunk - own)
+        };
+        let image = Arc::new(ImageReader::open(&FileStorage, &tip).unwrap());
+        let part = image.runs_of_chunk(chunk).next().unwrap();
+        // All but the last have 512 pages, as they are.
+        let start = 4096 + number as u64 * PIECE_BYTES as u64;
+        let offset = start + part.first_page as u64 * 4096 + random.below(4096);
+        let changed = std::fs::File::options()
+            .write(true)
+            .read(true)
+            .open(file)
+            .unwrap();
+        let mut byte = [0];
+        changed.read_exact_at(&mut byte, offset).unwrap();
+        changed
+            .write_all_at(&[byte[0] ^ 1 << random.below(8)], offset)
+            .unwrap();
+        let memory = regions();
+        let fill = LazyFill::start(image, &memory).unwrap();
+        let (told, failure) = mpsc::channel();
+        fill.on_failure(Box::new(move |error| told.send(error.to_string()).unwrap()));
+        let page = usize::try_from(part.run.start.0).unwrap();
+        std::thread::scope(|scope| {
+            let mapping = &memory[0].mapping;
+            let reader = scope.spawn(move || {
+                let mut bytes = [1; 64];
+                mapping.copy_out(page * PAGE_BYTES, &mut bytes);
+                bytes
+            });
+            let error = failure.recv_timeout(PATIENCE).unwrap();
+            assert!(error.contains(&format!("chunk {number}")), "{error}");
+            let name = file.file_name().unwrap().to_str().unwrap();
+            assert!(error.contains(name), "{error}");
+            fill.give_up();
+            // It waited until the memory was given up, and has read nothing of the image.
+            assert_eq!(reader.join().unwrap(), [0; 64], "chunk {chunk}");
+        });
+        drop(fill);
+        changed.write_all_at(&byte, offset).unwrap();
+    }
+    println!("{chunks} chunks");
+}
+
+#[test]
 fn a_damaged_chunk_is_named_and_no_byte_of_its_piece_comes() {
     let dir = tempfile::tempdir().unwrap();
     let image = write_chain(dir.path());
@@ -217,6 +274,9 @@ fn check(machine: &Arc<Machine>, chain: Option<&Chain>, protocol: Protocol, dir:
     report
 }
 
+/// How much of the fill is there when the checkpoint is asked for, in percent.
+const FILLED: [u64; 3] = [10, 50, 90];
+
 #[test]
 fn checkpoints_while_memory_still_comes_are_exactly_the_memory_of_their_pause() {
     if !have_kvm() {
@@ -233,33 +293,70 @@ fn checkpoints_while_memory_still_comes_are_exactly_the_memory_of_their_pause() 
     std::fs::create_dir(&images).unwrap();
     let base = check(&machine, None, Protocol::Stop, &images).image;
     machine.destroy();
-    for (turn, protocol) in Protocol::CAPTURING.into_iter().enumerate() {
+    let mut turn = 0;
+    for protocol in Protocol::CAPTURING {
         for tracked in [false, true] {
-            let image = Arc::new(ImageReader::open(&FileStorage, &base.path).unwrap());
-            let unfilled = Machine::build_for_restore(spec(&console)).unwrap();
-            let fill = LazyFill::start(image.clone(), unfilled.regions()).unwrap();
-            let state = image.sections().unwrap();
-            let machine = if tracked {
-                unfilled.finish_tracked(state).unwrap()
-            } else {
-                unfilled.finish(state).unwrap()
-            };
-            let machine = Arc::new(machine);
-            machine.set_filling(fill.clone());
-            let chain = Chain::default();
-            if tracked {
-                let guest: Arc<dyn Guest> = machine.clone();
-                chain.adopt(&guest, image.clone());
+            turn += 1;
+            for (number, percent) in FILLED.into_iter().enumerate() {
+                if long() || number == turn % FILLED.len() {
+                    let (base, dir) = (&base.path, &images);
+                    check_while_filling(base, dir, &console, protocol, tracked, percent);
+                }
             }
-            machine.start(false).unwrap();
-            std::thread::sleep(Duration::from_millis(turn as u64 * 5));
-            let before = fill.progress();
-            println!("{protocol}, tracked {tracked}: {before:?}");
-            let report = check(&machine, tracked.then_some(&chain), protocol, &images);
-            let increment = report.statistics.increment.as_ref();
-            let parent = increment.and_then(|increment| increment.parent);
-            assert_eq!(parent, tracked.then_some(base.image_uuid));
-            machine.destroy();
         }
     }
+}
+
+/// Takes a checkpoint when `percent` of an image's bytes were read by a lazy restore of it.
+fn check_while_filling(
+    base: &Path,
+    images: &Path,
+    console: &Path,
+    protocol: Protocol,
+    tracked: bool,
+    percent: u64,
+) {
+    let gate = Arc::new(Gate::default());
+    let image = ImageReader::open(&GatedStorage(gate.clone()), base).unwrap();
+    let image = Arc::new(image);
+    let unfilled = Machine::build_for_restore(spec(console)).unwrap();
+    let state = image.sections().unwrap();
+    let fill = LazyFill::start(image.clone(), unfilled.regions()).unwrap();
+    // KVM and the devices touch memory when they take the state.
+    let machine = if tracked {
+        unfilled.finish_tracked(state).unwrap()
+    } else {
+        unfilled.finish(state).unwrap()
+    };
+    let machine = Arc::new(machine);
+    let read_already = fill.progress().filled_pieces * PIECE_BYTES as u64;
+    let wanted = (image.image_bytes() * percent / 100).saturating_sub(read_already);
+    gate.close_after(wanted.max(1));
+    machine.set_filling(fill.clone());
+    let chain = Chain::default();
+    if tracked {
+        let guest: Arc<dyn Guest> = machine.clone();
+        chain.adopt(&guest, image.clone());
+    }
+    machine.start(false).unwrap();
+    let began = Instant::now();
+    // It may have come to its end where the gate was closed late.
+    while !gate.is_used() && !fill.is_complete() {
+        assert!(began.elapsed() < PATIENCE, "{:?}", fill.progress());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let before = fill.progress();
+    println!("{protocol}, tracked {tracked}, {percent} %: {before:?}");
+    let opens = gate.clone();
+    let opener = std::thread::spawn(move || {
+        // Long after the checkpoint has begun, which may wait for it.
+        std::thread::sleep(Duration::from_millis(50));
+        opens.open();
+    });
+    let report = check(&machine, tracked.then_some(&chain), protocol, images);
+    opener.join().unwrap();
+    let increment = report.statistics.increment.as_ref();
+    let parent = increment.and_then(|increment| increment.parent);
+    assert_eq!(parent, tracked.then_some(image.image_uuid()));
+    machine.destroy();
 }

@@ -6,6 +6,7 @@
 )]
 
 pub mod c;
+pub mod gated;
 pub mod livepointd;
 pub mod memory;
 pub mod pagewriter;
