@@ -44,6 +44,7 @@ mod policy;
 mod polite;
 mod protocol;
 mod rewind;
+mod sample;
 mod session;
 mod stalls;
 mod stats;
