@@ -4,6 +4,7 @@
 //! so that it can always answer a cancel and always resume the guest.
 
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -35,13 +36,19 @@ use crate::page::PAGE_BYTES;
 use crate::state::StateSection;
 use crate::store::{
     CarryOver, CommittedImage, Garbage, ImageReader, ImageWriter, LimitedStorage, ManifestFacts,
-    Storage, WriteOptions, collect_garbage, estimate_bytes,
+    Storage, StoreError, WriteOptions, collect_garbage, estimate_bytes,
 };
 use crate::sys::sigmask::SignalsBlocked;
 
 /// How long a stopped session waits for its threads, and then for the image's removal. A write of
-/// one chunk takes a millisecond, or some tens where it is compressed hard.
-const TEARDOWN_PATIENCE: Duration = Duration::from_millis(40);
+/// one chunk takes a millisecond, or some tens where it is compressed hard. Both together leave
+/// a cancel some of the 100 ms that it is to be answered in.
+const TEARDOWN_PATIENCE: Duration = Duration::from_millis(30);
+
+/// How long the image may still be in use by this process: a checkpoint that was just given up may have threads
+/// left that are in the middle of a write.
+const HANDOVER_PATIENCE: Duration = Duration::from_secs(1);
+const HANDOVER_LOOK: Duration = Duration::from_millis(5);
 
 /// How long to wait for the reason of a failure that another thread is just reporting.
 const REASON_PATIENCE: Duration = Duration::from_secs(1);
@@ -346,7 +353,18 @@ impl Session {
         };
         let parent = self.parent.clone();
         self.offload("lvp-create", move || {
-            let begun = ImageWriter::create(storage, &path, &regions, &options);
+            let began = Instant::now();
+            let begun = loop {
+                match ImageWriter::create(storage.clone(), &path, &regions, &options) {
+                    Err(StoreError::InUse {
+                        holder: Some(holder),
+                        ..
+                    }) if holder.pid == process::id() && began.elapsed() < HANDOVER_PATIENCE => {
+                        thread::sleep(HANDOVER_LOOK);
+                    }
+                    begun => break begun,
+                }
+            };
             let begun = begun.and_then(|mut image| match parent {
                 Some(parent) => image.inherit(parent).map(|()| image),
                 None => Ok(image),
