@@ -67,7 +67,6 @@ static void checkpoint(lvp_machine *machine, lvp_protocol protocol, const char *
     memset(&options, 0, sizeof options);
     options.struct_size = sizeof options;
     options.protocol = protocol;
-    options.pause_limit_ms = 60000; /* valgrind, or a loaded machine */
 
     lvp_job *job = NULL;
     CHECK(lvp_machine_checkpoint(machine, path, &options, &job));
