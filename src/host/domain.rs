@@ -23,12 +23,12 @@ use crate::host::image::default_threads;
 use crate::host::watch::Watchers;
 use crate::host::{
     CheckpointRequest, DomainEvents, EndReason, FinalState, Happening, HostError, Image, Job,
-    MachineState, RewindSummary, RuntimeDir, SharedMemory, Watch, machine_facts,
+    MachineState, RewindSummary, RuntimeDir, SharedMemory, Watch,
 };
 use crate::host::{lazy, rewind};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::{self, Machine};
-use crate::restore::{compat, eager};
+use crate::restore::eager;
 use crate::store::{FileStorage, ImageReader};
 use crate::sys::lock::LockFile;
 
@@ -197,12 +197,8 @@ impl Domain {
         options: DomainOptions,
     ) -> Result<Self, HostError> {
         let image = Image::open(image)?;
+        image.check_host()?;
         let reader = image.reader();
-        let lacks = compat::check(&reader.manifest().guest.facts, &machine_facts()?);
-        if !lacks.is_empty() {
-            let lacks = lacks.iter().map(ToString::to_string).collect();
-            return Err(HostError::Incompatible(lacks));
-        }
         let mut config = parse(&reader.manifest().guest.domain_xml)?;
         if let Some(name) = &restore.new_name {
             let invalid = |error: crate::domain::ValueError| HostError::Invalid(error.to_string());
@@ -490,7 +486,7 @@ impl Domain {
     /// Returns the events of the domain from now on, after what it is doing now.
     pub fn events(&self) -> Result<(MachineState, DomainEvents), HostError> {
         let machine = self.machine()?;
-        let events = DomainEvents::new(machine.events());
+        let events = DomainEvents(self.watch()?);
         Ok(((&machine.state()).into(), events))
     }
 

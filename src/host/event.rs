@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde::{Deserialize, Serialize};
 
-use crate::host::{Happening, MachineState};
+use crate::host::{Happening, MachineState, Notice, Watch, Watched};
 use crate::machine::{self, MachineEvent, ShutoffReason};
 
 /// A change of a domain's machine.
@@ -94,18 +93,20 @@ impl From<&ShutoffReason> for FinalState {
     }
 }
 
-impl From<MachineEvent> for DomainEvent {
-    fn from(event: MachineEvent) -> Self {
-        match event {
-            MachineEvent::Started => Self::Started,
-            MachineEvent::StartedPaused => Self::StartedPaused,
-            MachineEvent::Paused => Self::Paused,
-            MachineEvent::Resumed => Self::Resumed,
-            MachineEvent::Reset => Self::Reset,
-            MachineEvent::Rewound => Self::Rewound,
-            MachineEvent::Shutoff(reason) => Self::Ended((&reason).into()),
-            MachineEvent::Crashed(why) => Self::Ended(FinalState::crashed(&why)),
-        }
+impl DomainEvent {
+    /// Returns what those who watch from another process are told of a notice; `None` of a
+    /// checkpoint, whose job tells.
+    fn of(notice: Notice) -> Option<Self> {
+        Some(match notice.what {
+            Happening::Started if notice.state == MachineState::Paused => Self::StartedPaused,
+            Happening::Started => Self::Started,
+            Happening::Paused => Self::Paused,
+            Happening::Resumed => Self::Resumed,
+            Happening::Reset => Self::Reset,
+            Happening::Rewound => Self::Rewound,
+            Happening::Ended(end) => Self::Ended(end),
+            Happening::CheckpointStarted { .. } | Happening::CheckpointEnded { .. } => return None,
+        })
     }
 }
 
@@ -136,22 +137,16 @@ impl Happening {
 
 /// The events of a domain from some moment on.
 #[derive(Debug)]
-pub struct DomainEvents {
-    receiver: Receiver<MachineEvent>,
-}
+pub struct DomainEvents(pub(super) Watch);
 
 impl DomainEvents {
-    pub(super) fn new(receiver: Receiver<MachineEvent>) -> Self {
-        Self { receiver }
-    }
-
     /// Waits for the next event, but no longer than `timeout`. `None`: there is none yet.
     pub fn next(&self, timeout: Duration) -> Option<DomainEvent> {
-        match self.receiver.recv_timeout(timeout) {
-            Ok(event) => Some(event.into()),
-            Err(RecvTimeoutError::Timeout) => None,
-            // A machine that is gone without a word was taken apart, as by a restart.
-            Err(RecvTimeoutError::Disconnected) => Some(DomainEvent::Ended(FinalState {
+        match self.0.next(Some(timeout)) {
+            Watched::Notice(notice) => DomainEvent::of(notice),
+            Watched::Nothing => None,
+            // A domain that is gone without a word was taken apart.
+            Watched::Over => Some(DomainEvent::Ended(FinalState {
                 ending: Ending::Failed,
                 why: "the machine is gone".to_owned(),
             })),

@@ -4,12 +4,6 @@ use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, TrySendError, bounded};
-
-/// Events that a subscriber has not taken yet, at most. A machine changes its state a few times
-/// in its life; a guest that resets in a loop is what fills the queue.
-const EVENTS_MAX: usize = 256;
-
 /// What a machine is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MachineState {
@@ -77,7 +71,7 @@ impl fmt::Display for ShutoffReason {
     }
 }
 
-/// What changes a state, and what subscribers are told.
+/// What changes a state, and what listeners are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MachineEvent {
     /// vCPUs were started.
@@ -193,21 +187,6 @@ impl Lifecycle {
         self.lock_listeners().push(listener);
     }
 
-    pub(super) fn subscribe(&self) -> Receiver<MachineEvent> {
-        let (sender, receiver) = bounded(EVENTS_MAX);
-        self.listen(Box::new(move |event| {
-            match sender.try_send(event.clone()) {
-                Ok(()) => true,
-                Err(TrySendError::Full(event)) => {
-                    log::warn!("a subscriber takes no events; {event:?} is lost to it");
-                    true
-                }
-                Err(TrySendError::Disconnected(_)) => false,
-            }
-        }));
-        receiver
-    }
-
     fn lock_listeners(&self) -> MutexGuard<'_, Vec<EventListener>> {
         self.listeners
             .lock()
@@ -247,7 +226,8 @@ mod tests {
     #[test]
     fn an_ended_machine_changes_no_more() {
         let lifecycle = Lifecycle::new();
-        let events = lifecycle.subscribe();
+        let (tell, events) = std::sync::mpsc::channel();
+        lifecycle.listen(Box::new(move |event| tell.send(event.clone()).is_ok()));
         lifecycle.apply(&MachineEvent::Started).unwrap();
         assert!(lifecycle.apply(&MachineEvent::Resumed).is_err());
         lifecycle

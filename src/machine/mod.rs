@@ -417,11 +417,6 @@ impl Machine {
         &self.shared.devices.nets
     }
 
-    /// Returns a queue of the events from now on. A full queue loses the newest.
-    pub fn events(&self) -> Receiver<MachineEvent> {
-        self.shared.lifecycle.subscribe()
-    }
-
     /// Has `listener` told of the events from now on.
     pub fn listen(&self, listener: EventListener) {
         self.shared.lifecycle.listen(listener);

@@ -1,5 +1,7 @@
 //! How machines end and start over.
 
+use std::sync::mpsc;
+
 use livepoint::machine::spec::{EndAction, Source};
 use livepoint::machine::{Machine, MachineEvent, MachineState, ShutoffReason};
 
@@ -92,7 +94,8 @@ fn a_guest_that_resets_itself_starts_over_with_fresh_memory() {
         return;
     }
     let (machine, mut console) = start(RESETS);
-    let events = machine.events();
+    let (tell, events) = mpsc::channel();
+    machine.listen(Box::new(move |event| tell.send(event.clone()).is_ok()));
     for _ in 0..5 {
         assert_eq!(console.wait_for("a"), "a");
         console.send("r");
