@@ -94,6 +94,17 @@ impl PageRun {
             page_count: end.0 - start.0,
         })
     }
+
+    /// Adds the run to `sorted` ones, none of which starts behind it: to the last where they touch
+    /// or overlap.
+    pub fn append_to(self, sorted: &mut Vec<Self>) {
+        match sorted.last_mut() {
+            Some(last) if self.start <= last.end() => {
+                last.page_count = last.end().max(self.end()).0 - last.start.0;
+            }
+            _ => sorted.push(self),
+        }
+    }
 }
 
 /// Iterates over the runs of set bits in a bitmap's words, as page numbers from 0.

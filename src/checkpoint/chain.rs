@@ -41,6 +41,12 @@ struct Tracked {
     parent: Arc<ImageReader>,
 }
 
+impl Tracked {
+    fn is_of(&self, guest: &Arc<dyn Guest>) -> bool {
+        std::ptr::addr_eq(self.guest.as_ptr(), Arc::as_ptr(guest))
+    }
+}
+
 impl Drop for Tracked {
     fn drop(&mut self) {
         let Some(guest) = self.guest.upgrade() else {
@@ -100,8 +106,7 @@ impl Chain {
     pub fn parent_of(&self, guest: &Arc<dyn Guest>) -> Option<Arc<ImageReader>> {
         let state = self.lock();
         let tracked = state.tracked.as_ref()?;
-        let same = std::ptr::addr_eq(tracked.guest.as_ptr(), Arc::as_ptr(guest));
-        same.then(|| tracked.parent.clone())
+        tracked.is_of(guest).then(|| tracked.parent.clone())
     }
 
     /// Returns the image that an image of `guest` in `dir` can continue, or why there is none.
@@ -116,7 +121,7 @@ impl Chain {
             let Some(tracked) = &state.tracked else {
                 return Ok(Err("it is the first of its chain"));
             };
-            if !std::ptr::addr_eq(tracked.guest.as_ptr(), Arc::as_ptr(guest)) {
+            if !tracked.is_of(guest) {
                 return Ok(Err("the guest was started anew"));
             }
             tracked.parent.clone()

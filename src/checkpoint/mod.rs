@@ -69,5 +69,6 @@ pub use protocol::ArmingStatistics;
 pub use rewind::Rewind;
 pub use session::start;
 pub use stalls::StallStatistics;
+pub(crate) use stats::micros;
 pub use stats::{Downtime, Round, StagingStatistics, Statistics, WriteStatistics};
 pub use workspace::Workspace;

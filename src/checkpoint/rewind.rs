@@ -11,7 +11,7 @@ use crate::checkpoint::layout::Layout;
 use crate::checkpoint::session::Claim;
 use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::guest::Guest;
-use crate::page::{Gfn, PageRun};
+use crate::page::PageRun;
 use crate::store::ImageReader;
 
 /// A guest whose memory is about to become that of an image. No checkpoint of it runs meanwhile.
@@ -69,8 +69,8 @@ impl Rewind {
         Ok(Some((parent, runs_of(&layout, &set))))
     }
 
-    /// Has the chain go on from `image`, whose memory the guest's now is. The guest is still paused,
-    /// and what is written from here on counts as written since the image.
+    /// Has the chain go on from `image`, whose memory the guest's was put back to. The guest may run
+    /// already: what it has written since [`Rewind::written`] counts as written since the image.
     pub fn finish(mut self, image: Arc<ImageReader>) {
         if self.tracker.take().is_some() {
             self.chain.advance(&self.guest, image);
@@ -88,19 +88,13 @@ impl Drop for Rewind {
 
 /// Returns the pages of a set as runs of frames, sorted.
 fn runs_of(layout: &Layout, set: &DirtySet) -> Vec<PageRun> {
-    let mut runs: Vec<PageRun> = Vec::new();
-    for window in set.windows() {
-        let place = &layout.regions()[window.region];
-        for index in set.pages(window) {
-            let gfn = Gfn(place.run.start.0 + (index - place.first_index) as u64);
-            match runs.last_mut() {
-                Some(last) if last.end() == gfn => last.page_count += 1,
-                _ => runs.push(PageRun {
-                    start: gfn,
-                    page_count: 1,
-                }),
-            }
-        }
+    let mut runs = Vec::new();
+    for page in set.windows().flat_map(|window| set.pages(window)) {
+        let run = PageRun {
+            start: layout.frame(page),
+            page_count: 1,
+        };
+        run.append_to(&mut runs);
     }
     runs
 }

@@ -45,8 +45,8 @@ use crate::sys::sigmask::SignalsBlocked;
 /// a cancel some of the 100 ms that it is to be answered in.
 const TEARDOWN_PATIENCE: Duration = Duration::from_millis(30);
 
-/// How long the image may still be in use by this process: a checkpoint that was just given up may have threads
-/// left that are in the middle of a write.
+/// How long the image may still be in use by this process: a checkpoint that was just given up may
+/// have threads left that are in the middle of a write.
 const HANDOVER_PATIENCE: Duration = Duration::from_secs(1);
 const HANDOVER_LOOK: Duration = Duration::from_millis(5);
 

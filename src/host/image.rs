@@ -135,12 +135,7 @@ impl Image {
 
     /// Fails where this host cannot run the image, and says what it lacks.
     pub fn check_host(&self) -> Result<(), HostError> {
-        let lacks = self.host_lacks()?;
-        if lacks.is_empty() {
-            Ok(())
-        } else {
-            Err(HostError::Incompatible(lacks))
-        }
+        check_host_for(&self.reader)
     }
 
     /// Reads `bytes` of guest memory from `gpa` on, and hands them out part by part, each with its
@@ -245,6 +240,21 @@ impl Image {
     /// Reads every byte that a restore would use, and checks every digest.
     pub fn verify(&self) -> Result<VerifyReport, HostError> {
         Ok(self.reader.verify(default_threads(VERIFY_THREADS_MAX))?)
+    }
+}
+
+fn host_lacks(image: &ImageReader) -> Result<Vec<String>, HostError> {
+    let lacks = compat::check(&image.manifest().guest.facts, &machine_facts()?);
+    Ok(lacks.iter().map(ToString::to_string).collect())
+}
+
+/// Fails where this host cannot run the image, and says what it lacks.
+pub(super) fn check_host_for(image: &ImageReader) -> Result<(), HostError> {
+    let lacks = host_lacks(image)?;
+    if lacks.is_empty() {
+        Ok(())
+    } else {
+        Err(HostError::Incompatible(lacks))
     }
 }
 

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::checkpoint::{Chain, Rewind};
+use crate::checkpoint::{Chain, Rewind, micros};
 use crate::guest::Guest;
-use crate::host::{HostError, Image, machine_facts};
+use crate::host::image::check_host_for;
+use crate::host::{HostError, Image};
 use crate::machine::{Machine, MemoryFailure, MemoryRewind, Reuse};
 use crate::page::PageRun;
-use crate::restore::compat;
 use crate::restore::eager::{self, FillOptions};
 use crate::restore::patch::{self, Patch};
 use crate::store::ImageReader;
@@ -56,12 +56,7 @@ pub(super) fn check(image: &ImageReader, uuids: &[Uuid]) -> Result<(), HostError
             disk.name
         )));
     }
-    let lacks = compat::check(&manifest.guest.facts, &machine_facts()?);
-    if !lacks.is_empty() {
-        let lacks = lacks.iter().map(ToString::to_string).collect();
-        return Err(HostError::Incompatible(lacks));
-    }
-    Ok(())
+    check_host_for(image)
 }
 
 /// Puts `machine` back to `image`, which was checked.
@@ -92,7 +87,6 @@ pub(super) fn rewind(
         put_back: Duration::ZERO,
     };
     machine.rewind(state, &mut memory)?;
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let memory_pages = guest.regions().iter().map(|region| region.page_count).sum();
     let (pages, chunks) = match &memory.patch {
         Some(patch) => (patch.page_count(), patch.chunk_count()),

@@ -135,13 +135,7 @@ pub fn union(a: &[PageRun], b: &[PageRun]) -> Vec<PageRun> {
     all.sort_unstable_by_key(|run| run.start);
     let mut merged: Vec<PageRun> = Vec::with_capacity(all.len());
     for run in all {
-        match merged.last_mut() {
-            Some(last) if run.start <= last.end() => {
-                let end = last.end().max(run.end());
-                last.page_count = end.0 - last.start.0;
-            }
-            _ => merged.push(run),
-        }
+        run.append_to(&mut merged);
     }
     merged
 }

@@ -36,7 +36,12 @@ impl ImageReader {
                 };
                 let next = here.end().min(there.end()).min(end);
                 if self.place(here, at) != other.place(there, at) {
-                    append(&mut found, at, next);
+                    let page_count = next.0 - at.0;
+                    PageRun {
+                        start: at,
+                        page_count,
+                    }
+                    .append_to(&mut found);
                 }
                 at = next;
                 a = if here.end() <= at { ours.next() } else { a };
@@ -55,14 +60,5 @@ impl ImageReader {
                 Bytes::In(file.header.root, number, page)
             }
         }
-    }
-}
-
-/// Adds the pages from `start` to `end`, which follow all that are there.
-fn append(runs: &mut Vec<PageRun>, start: Gfn, end: Gfn) {
-    let page_count = end.0 - start.0;
-    match runs.last_mut() {
-        Some(last) if last.end() == start => last.page_count += page_count,
-        _ => runs.push(PageRun { start, page_count }),
     }
 }
