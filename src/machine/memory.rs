@@ -357,16 +357,14 @@ impl GuestRam {
             let Some(part) = range.run().intersection(run) else {
                 continue;
             };
-            let advice = match range.backing {
-                Backing::Memfd => libc::MADV_REMOVE,
-                Backing::Hugetlb { .. } => continue,
-                _ => libc::MADV_DONTNEED,
-            };
+            if matches!(range.backing, Backing::Hugetlb { .. }) {
+                continue;
+            }
             let bytes = |pages: u64| usize::try_from(pages).expect("memory is mapped") * PAGE_BYTES;
             let offset = bytes(part.start.0 - range.start.0);
             let mapping = range.mapping.part(offset, bytes(part.page_count));
             let discard = self.writes.will_discard(part);
-            advise(&mapping, advice)?;
+            give_back(range.backing, &mapping)?;
             drop(discard);
         }
         Ok(())
@@ -384,11 +382,11 @@ impl GuestRam {
                 // Locked memory cannot be given back; `settle` locks it again.
                 unlock(&range.mapping)?;
             }
-            let discarded = match range.backing {
+            let discarded = if self.spec.shared.is_some() {
                 // It would read what it started as.
-                _ if self.spec.shared.is_some() => frozen::replace_by_zeros(&range.mapping),
-                Backing::Memfd => advise(&range.mapping, libc::MADV_REMOVE),
-                _ => advise(&range.mapping, libc::MADV_DONTNEED),
+                frozen::replace_by_zeros(&range.mapping)
+            } else {
+                give_back(range.backing, &range.mapping)
             };
             discarded.map_err(MemoryError::advice("discard", len))?;
             drop(discard);
@@ -449,17 +447,25 @@ fn map_shared(
             needed: total,
         });
     }
+    shared_region(number, gpa, bytes, |offset, len| {
+        frozen.map_private(offset, len)
+    })
+}
+
+/// Makes the range at `gpa` of memory that is shared: one follows the other there, without the hole.
+fn shared_region(
+    number: u32,
+    gpa: u64,
+    bytes: u64,
+    map: impl FnOnce(usize, usize) -> io::Result<GuestMapping>,
+) -> Result<MemoryRegion, MemoryError> {
     let len = usize::try_from(bytes).expect("a part of a size that fits usize");
-    // One range after the other, without the hole.
     let offset = usize::try_from(gpa.min(HOLE_START)).expect("a part of the same");
-    let mapping = frozen
-        .map_private(offset, len)
-        .map_err(MemoryError::advice("map", len))?;
     Ok(MemoryRegion {
         slot: number,
         start: Gfn::containing(gpa),
         page_count: bytes / PAGE_BYTES as u64,
-        mapping,
+        mapping: map(offset, len).map_err(MemoryError::advice("map", len))?,
         backing: Backing::Memfd,
     })
 }
@@ -467,26 +473,26 @@ fn map_shared(
 /// Maps memory that is to be shared by machines of this size, for whoever fills it: the regions are
 /// those of a machine. They are dropped before it is frozen.
 pub fn to_be_shared(bytes: u64) -> Result<(Freezer, Vec<MemoryRegion>), MemoryError> {
-    let failed = |what| MemoryError::advice(what, usize::try_from(bytes).unwrap_or(usize::MAX));
     let total = usize::try_from(bytes).map_err(|_| MemoryError::Size {
         bytes,
         page_bytes: PAGE_BYTES as u64,
     })?;
-    let freezer = Freezer::new(total).map_err(failed("make a memfd for"))?;
-    let mut ranges = Vec::new();
-    for (slot, (gpa, len)) in (0..).zip(layout(bytes)) {
-        let offset = usize::try_from(gpa.min(HOLE_START)).expect("a part of the total");
-        let len = usize::try_from(len).expect("a part of the total");
-        ranges.push(MemoryRegion {
-            slot,
-            start: Gfn::containing(gpa),
-            page_count: (len / PAGE_BYTES) as u64,
-            mapping: freezer.map(offset, len).map_err(failed("map"))?,
-            backing: Backing::Memfd,
-        });
-    }
+    let freezer = Freezer::new(total).map_err(MemoryError::advice("make a memfd for", total))?;
+    let ranges = (0..).zip(layout(bytes)).map(|(number, (gpa, bytes))| {
+        shared_region(number, gpa, bytes, |offset, len| freezer.map(offset, len))
+    });
+    let ranges: Vec<_> = ranges.collect::<Result<_, _>>()?;
     let regions = divide(&ranges, slot_bytes(bytes, PAGE_BYTES as u64));
     Ok((freezer, regions))
+}
+
+/// Gives memory of that kind back to the host: it reads zeros then.
+fn give_back(backing: Backing, mapping: &GuestMapping) -> io::Result<()> {
+    let advice = match backing {
+        Backing::Memfd => libc::MADV_REMOVE,
+        _ => libc::MADV_DONTNEED,
+    };
+    advise(mapping, advice)
 }
 
 /// Keeps memory from child processes and core dumps, as [`anon::map_anonymous`] does.

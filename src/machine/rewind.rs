@@ -2,9 +2,9 @@
 
 use std::error::Error;
 
-use super::lifecycle::{MachineEvent, ShutoffReason};
+use super::lifecycle::MachineEvent;
 use super::shared::{Holds, Shared};
-use super::{Machine, MachineError, build, describe_chain};
+use super::{Machine, MachineError, build};
 use crate::kvmstate::{self, Board};
 use crate::state::board::MachineV1;
 use crate::state::vcpu::VcpuV1;
@@ -61,15 +61,7 @@ impl Shared {
         let mut holds = self.lock_changing();
         self.lifecycle.check(&MachineEvent::Rewound)?;
         let checked = self.check_saved(saved)?;
-        self.exclusion.begin_reset();
-        if let Err(timeout) = self.close_gate() {
-            self.exclusion.end_reset();
-            return Err(timeout.into());
-        }
-        let result = self.rewind_stopped(&mut holds, checked, memory);
-        self.gate.open();
-        self.exclusion.end_reset();
-        result?;
+        self.while_stopped(|| self.rewind_stopped(&mut holds, checked, memory))?;
         self.lifecycle.apply(&MachineEvent::Rewound)?;
         Ok(())
     }
@@ -91,14 +83,7 @@ impl Shared {
         };
         let result = self.put_back(checked, memory, reuse);
         self.devices.resume();
-        match &result {
-            Ok(()) => self.note_restart(),
-            Err(error) => {
-                let why = format!("could not be put back: {}", describe_chain(error));
-                let event = MachineEvent::Shutoff(ShutoffReason::Failed(why));
-                self.end_locked(holds, &event);
-            }
-        }
+        self.end_unless_anew(holds, "be put back", &result);
         result
     }
 

@@ -274,7 +274,7 @@ impl Shared {
 
     /// Notes that the guest is another one now: what its vCPUs asked for is void. Called before the
     /// gate opens: what a vCPU asks for from then on is not stale.
-    pub(super) fn note_restart(&self) {
+    fn note_restart(&self) {
         *self.lock_restarts() += 1;
         self.restarted.notify_all();
     }
@@ -341,7 +341,7 @@ impl Shared {
         self.end_locked(&mut self.lock_changing(), event);
     }
 
-    pub(super) fn end_locked(&self, holds: &mut Holds, event: &MachineEvent) {
+    fn end_locked(&self, holds: &mut Holds, event: &MachineEvent) {
         if self.lifecycle.check(event).is_err() {
             return;
         }
@@ -388,29 +388,50 @@ impl Shared {
         let boot = self.spec.boot.as_ref().ok_or(MachineError::NothingToBoot)?;
         let mut holds = self.lock_changing();
         self.lifecycle.check(&MachineEvent::Reset)?;
-        self.exclusion.begin_reset();
-        let closed = self.close_gate();
-        let result = match closed {
-            Ok(()) => self.start_over(boot),
-            Err(timeout) => {
-                self.exclusion.end_reset();
-                return Err(timeout.into());
-            }
-        };
-        match &result {
-            Ok(()) => self.note_restart(),
-            Err(error) => {
-                // The memory is gone, or half of the new kernel is in it: nothing may run.
-                let why = format!("could not start over: {}", describe_chain(error));
-                let event = MachineEvent::Shutoff(ShutoffReason::Failed(why));
-                self.end_locked(&mut holds, &event);
-            }
-        }
-        self.gate.open();
-        self.exclusion.end_reset();
-        result?;
+        self.while_stopped(|| {
+            let result = self.start_over(boot);
+            // The memory is gone, or half of the new kernel is in it.
+            self.end_unless_anew(&mut holds, "start over", &result);
+            result
+        })?;
         self.lifecycle.apply(&MachineEvent::Reset)?;
         Ok(())
+    }
+
+    /// Runs `change` with all vCPUs stopped, outside of any engine's pause.
+    pub(super) fn while_stopped(
+        &self,
+        change: impl FnOnce() -> Result<(), MachineError>,
+    ) -> Result<(), MachineError> {
+        self.exclusion.begin_reset();
+        let result = match self.close_gate() {
+            Ok(()) => {
+                let result = change();
+                self.gate.open();
+                result
+            }
+            Err(timeout) => Err(timeout.into()),
+        };
+        self.exclusion.end_reset();
+        result
+    }
+
+    /// Notes that the guest is another one now, or ends the machine where it could not be made one:
+    /// then nothing may run. Called with all vCPUs stopped.
+    pub(super) fn end_unless_anew(
+        &self,
+        holds: &mut Holds,
+        what: &str,
+        result: &Result<(), MachineError>,
+    ) {
+        match result {
+            Ok(()) => self.note_restart(),
+            Err(error) => {
+                let why = format!("could not {what}: {}", describe_chain(error));
+                let event = MachineEvent::Shutoff(ShutoffReason::Failed(why));
+                self.end_locked(holds, &event);
+            }
+        }
     }
 
     /// Puts memory, devices and vCPUs back to where they were. All vCPUs are stopped.

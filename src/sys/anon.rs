@@ -49,17 +49,13 @@ pub fn map_anonymous(len: usize, huge: bool) -> io::Result<GuestMapping> {
     let base = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), reserved, protection, flags)? };
     // Exposed: `HugeBytes` makes slices of it.
     let base = base.expose_provenance();
-    let owner = Unmapper {
-        address: base,
-        len: reserved,
-    };
+    let owner = Unmapper::new(base, reserved);
     let start = if huge {
         base.next_multiple_of(HUGE_BYTES)
     } else {
         base
     };
-    advise(start, len, Advice::LinuxDontFork)?;
-    advise(start, len, Advice::LinuxDontDump)?;
+    keep_private(start, len)?;
     if huge {
         // A kernel without transparent huge pages gives small ones: slower, not wrong.
         advise(start, len, Advice::LinuxHugepage).ok();
@@ -93,7 +89,13 @@ fn advise_inside(
     advise(mapping.hva() + offset, len, advice)
 }
 
-pub(super) fn advise(address: usize, len: usize, advice: Advice) -> io::Result<()> {
+/// Keeps a range from child processes and core dumps.
+pub(super) fn keep_private(address: usize, len: usize) -> io::Result<()> {
+    advise(address, len, Advice::LinuxDontFork)?;
+    advise(address, len, Advice::LinuxDontDump)
+}
+
+fn advise(address: usize, len: usize, advice: Advice) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }

@@ -9,9 +9,9 @@ use std::ptr;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::{MapFlags, ProtFlags};
 
-use super::anon::{Unmapper, advise};
+use super::anon::{Unmapper, keep_private};
 use super::mapping::GuestMapping;
 
 /// What keeps everybody from changing it.
@@ -128,8 +128,7 @@ fn map(
     let base = unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, flags, fd, offset as u64)? };
     let base = base.expose_provenance();
     let owner = Unmapper::new(base, len);
-    advise(base, len, Advice::LinuxDontFork)?;
-    advise(base, len, Advice::LinuxDontDump)?;
+    keep_private(base, len)?;
     // SAFETY: the range is what was just mapped, readable and writable, and stays mapped as long as
     // `owner` lives; nobody else knows its address.
     Ok(unsafe { GuestMapping::new(base, len, Arc::new(owner)) })
@@ -147,8 +146,7 @@ pub fn replace_by_zeros(mapping: &GuestMapping) -> io::Result<()> {
     unsafe {
         rustix::mm::mmap_anonymous(ptr::without_provenance_mut(hva), len, access, flags)?;
     }
-    advise(hva, len, Advice::LinuxDontFork)?;
-    advise(hva, len, Advice::LinuxDontDump)
+    keep_private(hva, len)
 }
 
 #[cfg(test)]

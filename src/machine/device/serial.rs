@@ -123,6 +123,12 @@ impl Shared {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for a change, but no longer than `time`.
+    fn wait<'a>(&self, line: MutexGuard<'a, Line>, time: Duration) -> MutexGuard<'a, Line> {
+        let waited = self.changed.wait_timeout(line, time);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     /// Sends what is queued, as far as it goes. Called with the line locked and not paused.
     fn send_queued(&self, line: &mut Line) {
         while !line.queue.is_empty() {
@@ -209,12 +215,7 @@ impl SerialPort {
         while read < READ_TIMES && Instant::now() < deadline {
             let is_unread = line.backend.is_unread();
             read = if is_unread { 0 } else { read + 1 };
-            line = self
-                .shared
-                .changed
-                .wait_timeout(line, READ_INTERVAL)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            line = self.shared.wait(line, READ_INTERVAL);
         }
     }
 
@@ -229,12 +230,7 @@ impl SerialPort {
                 return line;
             }
             wake(&self.shared.wake);
-            line = self
-                .shared
-                .changed
-                .wait_timeout(line, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            line = self.shared.wait(line, left);
         }
     }
 
