@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -112,26 +113,51 @@ pub(super) struct WorkerArgs {
     pub final_state: Option<PathBuf>,
 }
 
+/// How a domain goes on from an image.
+#[derive(Debug, Args)]
+pub(super) struct RestoredArgs {
+    /// Do not let the vCPUs start; `resume` does.
+    #[arg(long)]
+    pub paused: bool,
+    /// Threads that read and check the image [default: one a core, 8 at most].
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// What becomes of the time since the checkpoint.
+    #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
+    pub clock: ClockArg,
+    /// Track the guest's writes from the first one on, so that `checkpoint --incremental` has
+    /// only what was written since the image.
+    #[arg(long)]
+    pub track: bool,
+}
+
+impl RestoredArgs {
+    /// Adds to the arguments of another process what has it do the same.
+    pub(super) fn repeat_in(&self, again: &mut Vec<OsString>) {
+        self.paused.then(|| again.push("--paused".into()));
+        self.track.then(|| again.push("--track".into()));
+        if let Some(threads) = self.threads {
+            again.extend(["--threads".into(), threads.to_string().into()]);
+        }
+        if self.clock == ClockArg::Realtime {
+            again.extend(["--clock".into(), "realtime".into()]);
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(super) struct RestoreArgs {
     /// Image file, or a directory: then its newest image.
     pub image: PathBuf,
-    /// Do not let the vCPUs start; `resume` does.
-    #[arg(long)]
-    pub paused: bool,
+    #[command(flatten)]
+    pub restored: RestoredArgs,
     /// Return once the domain runs, and leave it running in the background.
     #[arg(long)]
     pub detach: bool,
-    /// Threads that read and check the image [default: one a core, 8 at most].
-    #[arg(long)]
-    pub threads: Option<usize>,
     /// Write the image's disks to new files NAME.raw in this directory, which the domain then uses
     /// [default: to where they were: what was written since is lost].
     #[arg(long, value_name = "DIR")]
     pub disks: Option<PathBuf>,
-    /// What becomes of the time since the checkpoint.
-    #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
-    pub clock: ClockArg,
     /// Give the domain a new UUID and another name, so that several can run from one image.
     #[arg(long)]
     pub new_identity: bool,
@@ -141,10 +167,6 @@ pub(super) struct RestoreArgs {
     /// Let the guest run at once: its memory comes as it is touched, and in the background.
     #[arg(long)]
     pub lazy: bool,
-    /// Track the guest's writes from the first one on, so that `checkpoint --incremental` has
-    /// only what was written since the image.
-    #[arg(long)]
-    pub track: bool,
     /// Where the process that started this one has the image's memory.
     #[arg(
         long,
@@ -174,22 +196,12 @@ pub(super) struct CloneArgs {
     /// What the domains are called, with -1, -2 and so on behind it [default: as the one saved].
     #[arg(long)]
     pub name: Option<String>,
-    /// Do not let the vCPUs start; `resume` does.
-    #[arg(long)]
-    pub paused: bool,
-    /// Threads that read and check the image [default: one a core, 8 at most].
-    #[arg(long)]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub restored: RestoredArgs,
     /// Write the image's disks to new files for each domain, in a directory of its name in this
     /// one. Needed where the image has disks.
     #[arg(long, value_name = "DIR")]
     pub disks: Option<PathBuf>,
-    /// What becomes of the time since the checkpoint.
-    #[arg(long, value_enum, default_value_t = ClockArg::Continue)]
-    pub clock: ClockArg,
-    /// Track the guests' writes from their first ones on, for `checkpoint --incremental`.
-    #[arg(long)]
-    pub track: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

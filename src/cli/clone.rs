@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 
 use super::Context;
-use super::args::{ClockArg, CloneArgs};
+use super::args::CloneArgs;
 use super::output::bytes;
 use super::worker::{Detached, Started};
 use crate::host::{Image, RestoreOptions, SharedMemory};
@@ -26,7 +26,10 @@ pub(super) fn run(context: &Context, args: &CloneArgs) -> anyhow::Result<()> {
     {
         bail!("the image has a disk, {disk}, that the domains cannot share: say where by --disks");
     }
-    let threads = args.threads.unwrap_or(RestoreOptions::default().threads);
+    let threads = args
+        .restored
+        .threads
+        .unwrap_or(RestoreOptions::default().threads);
     let memory = SharedMemory::load(&image, threads)?;
     let base = args.name.as_deref().unwrap_or_else(|| image.name());
     let names: Vec<String> = (1..=args.count)
@@ -94,15 +97,11 @@ fn restore_args(
     again.extend(["--new-identity".into(), "--name".into(), name.into()]);
     again.extend(["--shared-memory".into(), memory.path().into()]);
     again.extend(["--shared-root".into(), memory.root_digest().into()]);
-    args.paused.then(|| again.push("--paused".into()));
-    args.track.then(|| again.push("--track".into()));
+    args.restored.repeat_in(&mut again);
     if let Some(dir) = &args.disks {
         let dir = std::path::absolute(dir)?.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("could not make {}", dir.display()))?;
         again.extend(["--disks".into(), dir.into_os_string()]);
-    }
-    if args.clock == ClockArg::Realtime {
-        again.extend(["--clock".into(), "realtime".into()]);
     }
     Ok(again)
 }

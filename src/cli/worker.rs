@@ -12,7 +12,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::Context;
-use super::args::{ClockArg, RestoreArgs, RunArgs, WorkerArgs};
+use super::args::{RestoreArgs, RunArgs, WorkerArgs};
 use super::output::micros;
 use crate::guests;
 use crate::host::control::protocol::Status;
@@ -90,18 +90,11 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
             None => Image::open(&args.image)?.name().to_owned(),
         };
         let mut again = vec!["restore".into(), args.image.clone().into_os_string()];
-        args.paused.then(|| again.push("--paused".into()));
-        args.track.then(|| again.push("--track".into()));
+        args.restored.repeat_in(&mut again);
         args.lazy.then(|| again.push("--lazy".into()));
-        if let Some(threads) = args.threads {
-            again.extend(["--threads".into(), threads.to_string().into()]);
-        }
         if let Some(dir) = &args.disks {
             let dir = std::path::absolute(dir)?;
             again.extend(["--disks".into(), dir.into_os_string()]);
-        }
-        if args.clock == ClockArg::Realtime {
-            again.extend(["--clock".into(), "realtime".into()]);
         }
         if let Some(name) = new_name {
             again.extend(["--new-identity".into(), "--name".into(), name.into()]);
@@ -111,13 +104,13 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     let signals = TerminationSignals::block().context("could not block signals")?;
     let start = Instant::now();
     let mut options = RestoreOptions::default();
-    options.threads = args.threads.unwrap_or(options.threads);
-    options.clock = args.clock.into();
+    options.threads = args.restored.threads.unwrap_or(options.threads);
+    options.clock = args.restored.clock.into();
     if let Some(dir) = &args.disks {
         options.disks = DiskRestore::NewIn(std::path::absolute(dir)?);
     }
     options.new_name = new_name;
-    options.track = args.track;
+    options.track = args.restored.track;
     options.lazy = args.lazy;
     if let (Some(path), Some(root)) = (&args.shared_memory, &args.shared_root) {
         options.shared = Some(SharedMemory::open(path, root)?);
@@ -127,7 +120,7 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
         &options,
         domain_options(context, &args.worker)?,
     )?);
-    domain.start(args.paused)?;
+    domain.start(args.restored.paused)?;
     let restored_in = Some(start.elapsed());
     serve(context, &domain, restored_in, &signals, &args.worker)
 }
