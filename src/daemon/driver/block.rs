@@ -120,7 +120,8 @@ fn use_of(call: &DriverCall<'_>, wanted: &DomainRef, path: &str) -> Answer<DiskU
     Ok(sum)
 }
 
-fn signed(count: u64) -> i64 {
+/// Returns a count as the protocol's older calls have it.
+pub(super) fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 

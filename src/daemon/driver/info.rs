@@ -1,7 +1,7 @@
 //! What a domain is and does.
 
 use super::host::{all_cpus, topology};
-use super::stats::{cpu_time_ns, used_kib, vcpu_times_ns};
+use super::stats::{Figures, cpu_time_ns, vcpu_times_ns};
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::worker;
@@ -12,7 +12,7 @@ use crate::rpc::{Bytes, CharList, Code, DomainRef, List, Procedure, RpcError, pr
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(14, Slow, xml_desc),
     procedure!(16, Slow, info),
-    procedure!(17, Slow, max_memory),
+    procedure!(17, Quick, max_memory),
     procedure!(18, Quick, max_vcpus),
     procedure!(19, Quick, os_type),
     procedure!(20, Quick, vcpus),
@@ -75,17 +75,18 @@ fn info(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<Info> {
     let state = domain.lock();
     let (number, _) = state.run_state().numbers();
     let machine = state.current().map(|config| &config.machine);
-    let kib = machine.map_or(0, |machine| machine.memory.size().kib());
     let vcpus = machine.map_or(0, |machine| u32::from(machine.vcpus.count()));
     let pid = state.live.as_ref().map(|live| live.pid);
+    let figures = Figures::new(call.driver, &state);
     drop(state);
     let number = u32::try_from(number).unwrap_or(0);
-    let used = used_kib(call.driver, &domain);
+    let (kib, used) = (figures.memory_kib(), figures.used_kib());
     Ok((number, kib, used, vcpus, pid.map_or(0, cpu_time_ns)))
 }
 
 fn max_memory(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<u64> {
-    let (_, kib, ..) = info(call, (wanted,))?;
+    let domain = call.driver.registry.find(&wanted)?;
+    let kib = Figures::new(call.driver, &domain.lock()).memory_kib();
     Ok(kib)
 }
 

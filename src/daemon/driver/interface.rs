@@ -1,6 +1,6 @@
 //! Network interfaces: what passed them.
 
-use super::block::status_of;
+use super::block::{signed, status_of};
 use super::{Answer, DriverCall, Livepoint};
 use crate::host::control::protocol::InterfaceUse;
 use crate::rpc::{Code, DomainRef, Procedure, RpcError, TypedParam, TypedValue, procedure};
@@ -9,10 +9,6 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[procedure!(65, Slow, stats)]
 
 /// Bytes, packets, errors and drops, first of what the guest received.
 type Stats = (i64, i64, i64, i64, i64, i64, i64, i64);
-
-fn signed(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
-}
 
 /// Finds an interface by the host's name for it, or by its address.
 fn stats(call: &DriverCall<'_>, (wanted, device): (DomainRef, String)) -> Answer<Stats> {

@@ -1,13 +1,15 @@
 //! What domains use of the host, from the processes that run them.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs;
 
-use super::block::{disks_of, sizes, status_of};
+use super::block::{DiskOf, disks_of, sizes, status_of};
 use super::interface;
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
-use crate::daemon::managed::Managed;
+use crate::daemon::managed::{Managed, State};
+use crate::host::control::protocol::{DiskUse, InterfaceUse, Status};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
@@ -79,21 +81,59 @@ fn running(call: &DriverCall<'_>, wanted: &DomainRef) -> Answer<u32> {
     Ok(state.active()?.pid)
 }
 
-/// Returns how much of its memory a domain uses, in KiB: less than all of it where its guest has
-/// given some back by a balloon.
-pub(super) fn used_kib(driver: &Livepoint, domain: &Managed) -> u64 {
-    let (name, kib, asks) = {
-        let state = domain.lock();
+/// A domain's figures, of which its worker is asked for those that only it knows: once at most, and
+/// not for devices that the domain does not have.
+pub(super) struct Figures<'a> {
+    driver: &'a Livepoint,
+    name: String,
+    is_live: bool,
+    memory_kib: u64,
+    has_balloon: bool,
+    has_interfaces: bool,
+    status: OnceCell<Option<Status>>,
+}
+
+impl<'a> Figures<'a> {
+    pub(super) fn new(driver: &'a Livepoint, state: &State) -> Self {
         let machine = state.current().map(|config| &config.machine);
-        let Some(machine) = machine else { return 0 };
-        let has_balloon = machine.devices.pci.balloon().is_some();
-        let asks = has_balloon && state.live.is_some();
-        (state.name.clone(), machine.memory.size().kib(), asks)
-    };
-    // A domain that is just ending has no figures any more.
-    let status = asks.then(|| status_of(driver, &name).ok()).flatten();
-    let given = status.and_then(|status| status.given_bytes).unwrap_or(0);
-    kib.saturating_sub(given / 1024)
+        let pci = machine.map(|machine| &machine.devices.pci);
+        Self {
+            driver,
+            name: state.name.clone(),
+            is_live: state.live.is_some(),
+            memory_kib: machine.map_or(0, |machine| machine.memory.size().kib()),
+            has_balloon: pci.is_some_and(|pci| pci.balloon().is_some()),
+            has_interfaces: pci.is_some_and(|pci| pci.interfaces().next().is_some()),
+            status: OnceCell::new(),
+        }
+    }
+
+    /// Returns what the worker says; `None` of a domain that does not run, or is just ending.
+    fn status(&self) -> Option<&Status> {
+        let ask = || {
+            self.is_live
+                .then(|| status_of(self.driver, &self.name).ok())
+        };
+        self.status.get_or_init(|| ask().flatten()).as_ref()
+    }
+
+    /// Returns the domain's memory in KiB.
+    pub(super) fn memory_kib(&self) -> u64 {
+        self.memory_kib
+    }
+
+    /// Returns how much of its memory the domain uses, in KiB: less than all of it where its guest
+    /// has given some back by a balloon.
+    pub(super) fn used_kib(&self) -> u64 {
+        let given = || self.status()?.given_bytes;
+        let given = self.has_balloon.then(given).flatten();
+        self.memory_kib.saturating_sub(given.unwrap_or(0) / 1024)
+    }
+
+    fn interfaces(&self) -> &[InterfaceUse] {
+        let status = self.has_interfaces.then(|| self.status()).flatten();
+        status.map_or(&[], |status| &status.interfaces)
+    }
 }
 
 fn memory_stats(
@@ -103,9 +143,12 @@ fn memory_stats(
     const ACTUAL_BALLOON: i32 = 6;
     const RSS: i32 = 7;
     check_flags(flags, 0, "virDomainMemoryStats")?;
-    let pid = running(call, &wanted)?;
-    let kib = used_kib(call.driver, &*call.driver.registry.find(&wanted)?);
-    let stats = [(ACTUAL_BALLOON, kib), (RSS, rss_kib(pid))];
+    let domain = call.driver.registry.find(&wanted)?;
+    let (pid, figures) = {
+        let state = domain.lock();
+        (state.active()?.pid, Figures::new(call.driver, &state))
+    };
+    let stats = [(ACTUAL_BALLOON, figures.used_kib()), (RSS, rss_kib(pid))];
     Ok(List(stats.into_iter().take(most as usize).collect()))
 }
 
@@ -202,24 +245,18 @@ fn all_stats(
 }
 
 fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedParam> {
-    let (numbers, pid, machine, snapshots) = {
+    let (numbers, pid, vcpus, snapshots, disks, figures) = {
         let state = domain.lock();
-        let machine = state.current().map(|config| {
-            let machine = &config.machine;
-            (
-                machine.memory.size().kib(),
-                u32::from(machine.vcpus.count()),
-            )
-        });
-        let pid = state.live.as_ref().map(|live| live.pid);
+        let machine = state.current().map(|config| &config.machine);
         (
             state.run_state().numbers(),
-            pid,
-            machine,
+            state.live.as_ref().map(|live| live.pid),
+            machine.map_or(0, |machine| u32::from(machine.vcpus.count())),
             state.snapshots.count(),
+            disks_of(&state),
+            Figures::new(driver, &state),
         )
     };
-    let (kib, vcpus) = machine.unwrap_or_default();
     let mut params = Vec::new();
     let mut add = |param| params.push(param);
     if groups & STATS_STATE != 0 {
@@ -236,14 +273,11 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
     }
     if groups & STATS_BALLOON != 0 {
         if let Some(pid) = pid {
-            add(TypedParam::ulong(
-                "balloon.current",
-                used_kib(driver, domain),
-            ));
-            add(TypedParam::ulong("balloon.maximum", kib));
+            add(TypedParam::ulong("balloon.current", figures.used_kib()));
+            add(TypedParam::ulong("balloon.maximum", figures.memory_kib()));
             add(TypedParam::ulong("balloon.rss", rss_kib(pid)));
         } else {
-            add(TypedParam::ulong("balloon.maximum", kib));
+            add(TypedParam::ulong("balloon.maximum", figures.memory_kib()));
         }
     }
     if groups & STATS_VCPU != 0 {
@@ -261,33 +295,20 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
         }
     }
     if groups & STATS_INTERFACE != 0 {
-        let name = domain.lock().name.clone();
-        // A domain that is just ending has no figures any more.
-        let status = pid.and_then(|_| status_of(driver, &name).ok());
-        let interfaces = status.map(|status| status.interfaces);
-        interface::add_stats(&interfaces.unwrap_or_default(), &mut params);
+        interface::add_stats(figures.interfaces(), &mut params);
     }
     if groups & STATS_BLOCK != 0 {
-        block_stats(driver, domain, &mut params);
+        block_stats(disks, &figures, &mut params);
     }
     params
 }
 
 /// Adds what is known of a domain's disks.
-fn block_stats(driver: &Livepoint, domain: &Managed, params: &mut Vec<TypedParam>) {
-    let (name, disks, is_live) = {
-        let state = domain.lock();
-        (state.name.clone(), disks_of(&state), state.live.is_some())
-    };
+fn block_stats(disks: Vec<DiskOf>, figures: &Figures<'_>, params: &mut Vec<TypedParam>) {
     let count = u32::try_from(disks.len()).unwrap_or(u32::MAX);
     params.push(TypedParam::new("block.count", TypedValue::UInt(count)));
-    let used = if is_live && count > 0 {
-        // A domain that is just ending has no figures any more.
-        let status = status_of(driver, &name).ok();
-        status.map(|status| status.disks).unwrap_or_default()
-    } else {
-        Vec::new()
-    };
+    let status = (count > 0).then(|| figures.status()).flatten();
+    let used: &[DiskUse] = status.map_or(&[], |status| &status.disks);
     for (at, disk) in disks.into_iter().enumerate() {
         let text = |name: &str, value: String| {
             TypedParam::new(format!("block.{at}.{name}"), TypedValue::Text(value))
