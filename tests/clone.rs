@@ -10,15 +10,15 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::memory::{assert_same_memory, copy_at_pause, shadow};
+use common::machines::{checkpoint_and_compare, pagewriter_spec};
+use common::memory::{assert_same_memory, shadow};
 use common::{have_kvm, long, wait_line};
-use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol};
+use livepoint::checkpoint::{Chain, Protocol};
 use livepoint::guest::Guest;
-use livepoint::guests;
 use livepoint::host::Image;
 use livepoint::machine::Machine;
 use livepoint::machine::memory::to_be_shared;
-use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::machine::spec::MachineSpec;
 use livepoint::restore::eager;
 use livepoint::store::{FileStorage, ImageReader};
 use serde_json::Value;
@@ -156,46 +156,7 @@ fn clones_share_memory_until_they_write_it_and_all_compute_on() {
 }
 
 fn spec(console: &Path) -> MachineSpec {
-    let kernel = Source::Bytes {
-        name: "pagewriter".to_owned(),
-        bytes: guests::find("pagewriter").unwrap().elf.into(),
-    };
-    let cmdline = "ws_percent=20 vcpus=1 pages=2m pattern=random write=page fill=incompressible \
-                   tick_ms=0";
-    let mut spec = MachineSpec::new(
-        64 << 20,
-        Some(BootSpec {
-            kernel,
-            initrd: None,
-            cmdline: cmdline.to_owned(),
-        }),
-    );
-    let backend = SerialBackend::File {
-        path: console.to_owned(),
-        append: true,
-    };
-    spec.serials.push(SerialSpec { port: 0, backend });
-    spec
-}
-
-/// Takes a checkpoint and compares what it restores to with memory at the pause.
-fn check(machine: &Arc<Machine>, chain: Option<&Chain>, protocol: Protocol, dir: &Path) -> PathBuf {
-    let copy = Arc::new(shadow(machine.regions()));
-    let mut options = CheckpointOptions::default();
-    options.protocol = protocol;
-    options.durable = false;
-    options.chain = chain.cloned();
-    options.pause_limit = Duration::from_secs(30);
-    options.at_pause = Some(copy_at_pause(copy.clone()));
-    let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), dir, options).unwrap();
-    let report = job
-        .wait()
-        .unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
-    let reader = ImageReader::open(&FileStorage, &report.image.path).unwrap();
-    let restored = shadow(machine.regions());
-    eager::fill(&reader, &restored, &eager::FillOptions::default()).unwrap();
-    assert_same_memory(&restored, &copy);
-    report.image.path
+    pagewriter_spec(64 << 20, 1, "2m", 20, console)
 }
 
 #[test]
@@ -210,7 +171,8 @@ fn checkpoints_of_clones_are_exactly_the_memory_of_their_pause() {
     wait_line(&console, PATIENCE, |line| {
         line.starts_with("pagewriter: ready")
     });
-    let image = check(&original, None, Protocol::Stop, dir.path());
+    let report = checkpoint_and_compare(&original, None, Protocol::Stop, dir.path());
+    let image = report.image.path;
     original.destroy();
     let reader = Arc::new(ImageReader::open(&FileStorage, &image).unwrap());
     let (freezer, regions) = to_be_shared(64 << 20).unwrap();
@@ -242,10 +204,10 @@ fn checkpoints_of_clones_are_exactly_the_memory_of_their_pause() {
         machine.resume_by_user().unwrap();
         // Increments of the image, and then a whole one.
         for _ in 0..2 {
-            check(machine, Some(chain), protocol, dir.path());
+            checkpoint_and_compare(machine, Some(chain), protocol, dir.path());
         }
         chain.end();
-        check(machine, None, protocol, dir.path());
+        checkpoint_and_compare(machine, None, protocol, dir.path());
         machine.pause_by_user().unwrap();
     }
     // One that starts over has memory of zeros, not of the image; the others are as they were.
@@ -261,7 +223,7 @@ fn checkpoints_of_clones_are_exactly_the_memory_of_their_pause() {
             now.matches("pagewriter: ready").count() > before
         }
     });
-    check(first, None, Protocol::Cow, dir.path());
+    checkpoint_and_compare(first, None, Protocol::Cow, dir.path());
     drop(clones);
     let untouched = frozen.map_private(0, frozen.len()).unwrap();
     let (mut now, mut then) = (vec![0; 1 << 20], vec![0; 1 << 20]);

@@ -4,70 +4,13 @@
 
 mod common;
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Random, have_kvm, long, wait_line};
-use livepoint::host::control::ControlClient;
-use livepoint::host::{CheckpointRequest, Image, Protocol, RuntimeDir};
-
-const XML: &str = r"
-<domain type='kvm'>
-  <name>victim</name>
-  <uuid>6f1cde4e-5b4c-4d1a-9f0e-8c6a3a0f7d11</uuid>
-  <memory unit='MiB'>128</memory>
-  <vcpu>1</vcpu>
-  <os>
-    <type arch='x86_64'>hvm</type>
-    <kernel>builtin:pagewriter</kernel>
-    <cmdline>ws_percent=30 pattern=random write=page fill=incompressible tick_ms=0</cmdline>
-  </os>
-  <devices>
-    <serial type='stdio'><target port='0'/></serial>
-    <memballoon model='none'/>
-  </devices>
-</domain>
-";
-
-/// A `livepoint run` with its guest ready.
-struct Victim {
-    child: Child,
-    runtime: RuntimeDir,
-}
-
-impl Victim {
-    fn start(dir: &Path) -> Self {
-        let xml = dir.join("victim.xml");
-        fs::write(&xml, XML).unwrap();
-        let console = dir.join("console");
-        let runtime = RuntimeDir::at(dir.join("run")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_livepoint"))
-            .arg("--runtime-dir")
-            .arg(runtime.path())
-            .arg("run")
-            .arg(&xml)
-            .stdin(Stdio::null())
-            .stdout(File::create(&console).unwrap())
-            .spawn()
-            .unwrap();
-        wait_line(&console, Duration::from_secs(60), |line| {
-            line.starts_with("pagewriter: ready")
-        });
-        assert!(child.try_wait().unwrap().is_none(), "the victim runs");
-        Self { child, runtime }
-    }
-
-    fn client(&self) -> ControlClient {
-        ControlClient::connect(&self.runtime, "victim").unwrap()
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
+use common::victim::{Victim, images_in};
+use common::{Random, have_kvm, long};
+use livepoint::host::{CheckpointRequest, Image, Protocol};
 
 fn request(protocol: Protocol, out: &Path) -> CheckpointRequest {
     let mut request = CheckpointRequest::new(protocol);
@@ -77,16 +20,11 @@ fn request(protocol: Protocol, out: &Path) -> CheckpointRequest {
 
 /// Returns the images in a directory, each checked in full, with its root digest.
 fn images(dir: &Path) -> Vec<(PathBuf, String)> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|ending| ending == "lpi") {
-            let image = Image::open(&path).unwrap_or_else(|error| panic!("{error:?}"));
-            found.push((path, image.verify().unwrap().root_digest));
-        }
-    }
-    found.sort();
-    found
+    let checked = |path: PathBuf| {
+        let image = Image::open(&path).unwrap_or_else(|error| panic!("{error:?}"));
+        (path, image.verify().unwrap().root_digest)
+    };
+    images_in(dir).into_iter().map(checked).collect()
 }
 
 #[derive(Debug, Default)]
@@ -109,7 +47,7 @@ fn kill_all(protocol: Protocol, count: u32, to_one_file: bool, random: &mut Rand
     // How long a checkpoint takes, to choose moments within and a little after it.
     let mut length = Duration::from_millis(500);
     for _ in 0..count {
-        let victim = Victim::start(dir.path());
+        let victim = Victim::run(dir.path(), 128, 30);
         let mut client = victim.client();
         if images(&chain).is_empty() {
             let start = Instant::now();
@@ -167,14 +105,14 @@ fn what_a_killed_writer_left_is_removed_by_the_next_one() {
     let dir = tempfile::tempdir().unwrap();
     let chain = dir.path().join("images");
     fs::create_dir(&chain).unwrap();
-    let victim = Victim::start(dir.path());
+    let victim = Victim::run(dir.path(), 128, 30);
     victim
         .client()
         .start_checkpoint(request(Protocol::Threaded, &chain))
         .unwrap();
     std::thread::sleep(Duration::from_millis(30));
     victim.kill();
-    let second = Victim::start(dir.path());
+    let second = Victim::run(dir.path(), 128, 30);
     let mut client = second.client();
     let job = client
         .start_checkpoint(request(Protocol::Threaded, &chain))

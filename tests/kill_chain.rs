@@ -6,104 +6,33 @@
 
 mod common;
 
-use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::memory::read_page;
 use common::pagewriter::assert_single_moment;
-use common::{Random, have_kvm, long, machine_memory, wait_line};
-use livepoint::host::control::ControlClient;
-use livepoint::host::{CheckpointRequest, Image, Protocol, RuntimeDir};
+use common::victim::{Victim, images_in, livepoint};
+use common::{Random, have_kvm, long, machine_memory};
+use livepoint::host::{CheckpointRequest, Image, Protocol};
 use livepoint::restore::eager;
 use livepoint::store::{FileStorage, ImageReader};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-const XML: &str = r"
-<domain type='kvm'>
-  <name>victim</name>
-  <uuid>6f1cde4e-5b4c-4d1a-9f0e-8c6a3a0f7d12</uuid>
-  <memory unit='MiB'>64</memory>
-  <vcpu>1</vcpu>
-  <os>
-    <type arch='x86_64'>hvm</type>
-    <kernel>builtin:pagewriter</kernel>
-    <cmdline>ws_percent=20 pattern=random write=page fill=incompressible tick_ms=0</cmdline>
-  </os>
-  <devices>
-    <serial type='stdio'><target port='0'/></serial>
-    <memballoon model='none'/>
-  </devices>
-</domain>
-";
-
-fn livepoint(run: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_livepoint"));
-    command.arg("--runtime-dir").arg(run).stdin(Stdio::null());
-    command
-}
-
-/// A process with the guest, which ends with this.
-struct Victim {
-    child: Child,
-    runtime: RuntimeDir,
-}
-
-impl Victim {
-    /// Runs the guest from its start, or from an image of it.
-    fn start(dir: &Path, image: Option<&Path>) -> Self {
-        let runtime = RuntimeDir::at(dir.join("run")).unwrap();
-        let console = dir.join("console");
-        let mut command = livepoint(runtime.path());
-        if let Some(image) = image {
-            command.args(["restore", "--track"]).arg(image);
-        } else {
-            let xml = dir.join("victim.xml");
-            fs::write(&xml, XML).unwrap();
-            command.arg("run").arg(xml);
-        }
-        let child = command
-            .stdout(File::create(&console).unwrap())
-            .spawn()
-            .unwrap();
-        let mut victim = Self { child, runtime };
-        if image.is_none() {
-            wait_line(&console, PATIENCE, |line| {
-                line.starts_with("pagewriter: ready")
-            });
-        }
-        victim.client();
-        assert!(victim.child.try_wait().unwrap().is_none(), "it runs");
-        victim
-    }
-
-    fn client(&self) -> ControlClient {
-        let began = Instant::now();
-        loop {
-            match ControlClient::connect(&self.runtime, "victim") {
-                Ok(client) if client.greeting().pid == self.child.id() => return client,
-                Ok(_) => {}
-                Err(error) => assert!(began.elapsed() < PATIENCE, "{error}"),
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn checkpoint(&self, protocol: Protocol, out: &Path) -> PathBuf {
-        let mut client = self.client();
-        let job = client.start_checkpoint(request(protocol, out)).unwrap();
-        client.wait(job, |_| ()).unwrap().image
+/// Runs the guest from its start, or from an image of it.
+fn start(dir: &Path, image: Option<&Path>) -> Victim {
+    match image {
+        Some(image) => Victim::restore(dir, image),
+        None => Victim::run(dir, 64, 20),
     }
 }
 
-impl Drop for Victim {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
+fn checkpoint(victim: &Victim, protocol: Protocol, out: &Path) -> PathBuf {
+    let mut client = victim.client();
+    let job = client.start_checkpoint(request(protocol, out)).unwrap();
+    client.wait(job, |_| ()).unwrap().image
 }
 
 fn request(protocol: Protocol, out: &Path) -> CheckpointRequest {
@@ -111,17 +40,6 @@ fn request(protocol: Protocol, out: &Path) -> CheckpointRequest {
     request.out = Some(out.to_owned());
     request.incremental = true;
     request
-}
-
-/// Returns the images in a directory, oldest first.
-fn files(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).unwrap();
-    let mut found: Vec<_> = entries
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension() == Some(OsStr::new("lpi")))
-        .collect();
-    found.sort();
-    found
 }
 
 /// Checks every digest that a restore of the image needs, in its layers too; returns its root's.
@@ -153,11 +71,11 @@ fn a_killed_increment_leaves_every_image_of_its_chain_whole() {
         let mut whole = 0;
         for _ in 0..kills {
             // Each goes on from what the one before has left: the chain grows over crashes.
-            let victim = Victim::start(dir.path(), from.as_deref());
+            let victim = start(dir.path(), from.as_deref());
             let began = Instant::now();
-            victim.checkpoint(protocol, &images);
+            checkpoint(&victim, protocol, &images);
             let length = began.elapsed();
-            let before: Vec<_> = files(&images)
+            let before: Vec<_> = images_in(&images)
                 .into_iter()
                 .map(|path| (verified(&path), path))
                 .collect();
@@ -169,7 +87,7 @@ fn a_killed_increment_leaves_every_image_of_its_chain_whole() {
             for (root, path) in &before {
                 assert_eq!(*root, verified(path), "{}", path.display());
             }
-            let after = files(&images);
+            let after = images_in(&images);
             assert!((before.len()..=before.len() + 1).contains(&after.len()));
             whole += after.len() - before.len();
             from = after.last().cloned();
@@ -183,10 +101,10 @@ fn a_killed_increment_leaves_every_image_of_its_chain_whole() {
 fn make_chain(dir: &Path, length: usize) -> PathBuf {
     let images = dir.join("images");
     fs::create_dir(&images).unwrap();
-    let victim = Victim::start(dir, None);
+    let victim = start(dir, None);
     for number in 0..length {
         let protocol = Protocol::CAPTURING[number % Protocol::CAPTURING.len()];
-        victim.checkpoint(protocol, &images);
+        checkpoint(&victim, protocol, &images);
         std::thread::sleep(Duration::from_millis(2));
     }
     images
@@ -194,7 +112,7 @@ fn make_chain(dir: &Path, length: usize) -> PathBuf {
 
 fn copy_dir(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
-    for file in files(from) {
+    for file in images_in(from) {
         fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
     }
 }
@@ -222,7 +140,7 @@ fn a_killed_gc_or_rebase_leaves_what_is_kept_whole() {
     let turns = if long() { 60 } else { 8 };
     let dir = tempfile::tempdir().unwrap();
     let images = make_chain(dir.path(), 6);
-    let all = files(&images);
+    let all = images_in(&images);
     let roots: Vec<_> = all.iter().map(|path| verified(path)).collect();
     let run = dir.path().join("run");
     let mut kills = 0;
@@ -271,24 +189,20 @@ fn gc_beside_a_restore_takes_nothing_from_it() {
         let copy = dir.path().join(format!("copy-{lazy}"));
         copy_dir(&images, &copy);
         // An old one, which nothing that is kept may need.
-        let old = files(&copy)[2].clone();
-        let mut command = livepoint(&run);
-        command.arg("restore").arg(&old);
+        let old = images_in(&copy)[2].clone();
         // With `--track` it keeps the image open once it runs.
-        command.arg("--track");
-        lazy.then(|| command.arg("--lazy"));
-        let child = command.stdout(Stdio::null()).spawn().unwrap();
-        let victim = Victim {
-            child,
-            runtime: RuntimeDir::at(&run).unwrap(),
-        };
+        let victim = Victim::start(dir.path(), Stdio::null(), |command| {
+            command.args(["restore", "--track"]).arg(&old);
+            lazy.then(|| command.arg("--lazy"));
+            command
+        });
         let began = Instant::now();
-        while !has_open(victim.child.id(), &old) {
+        while !has_open(victim.pid(), &old) {
             assert!(began.elapsed() < PATIENCE, "it does not open the image");
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut collections = 0;
-        while collections < 3 || ControlClient::connect(&victim.runtime, "victim").is_err() {
+        while collections < 3 || victim.try_client().is_none() {
             let mut gc = livepoint(&run);
             gc.arg("gc").arg(&copy).args(["--keep", "1"]);
             let output = gc.output().unwrap();
@@ -300,7 +214,7 @@ fn gc_beside_a_restore_takes_nothing_from_it() {
             );
         }
         let out = dir.path().join(format!("after-{lazy}.lpi"));
-        let image = victim.checkpoint(Protocol::Stop, &out);
+        let image = checkpoint(&victim, Protocol::Stop, &out);
         let reader = ImageReader::open(&FileStorage, &image).unwrap();
         let memory = machine_memory(&reader.manifest().regions, 0);
         eager::fill(&reader, &memory, &eager::FillOptions::default()).unwrap();

@@ -12,16 +12,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::machines::pagewriter_spec;
 use common::memory::{assert_same_memory, copy_at_pause, read_page, shadow};
 use common::pagewriter::assert_single_moment;
 use common::{have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Workspace};
 use livepoint::guest::{Guest, MemoryRegion};
-use livepoint::guests;
 use livepoint::machine::Machine;
-use livepoint::machine::spec::{
-    BackingSpec, BootSpec, MachineSpec, SerialBackend, SerialSpec, Source,
-};
+use livepoint::machine::spec::BackingSpec;
 use livepoint::restore::eager;
 use livepoint::store::{Codec, FileStorage, ImageReader};
 use livepoint::sys::anon;
@@ -129,29 +127,15 @@ impl Drop for HugePages {
 }
 
 fn start(case: Case, console: &Path) -> Arc<Machine> {
-    let elf = guests::find("pagewriter").unwrap().elf;
-    let kernel = Source::Bytes {
-        name: "pagewriter".to_owned(),
-        bytes: elf.into(),
-    };
-    let cmdline = format!(
-        "ws_percent={} vcpus={} pages={} pattern=random write=page fill=incompressible tick_ms=0",
-        case.working_set_percent, case.vcpus, case.pages
+    let mut spec = pagewriter_spec(
+        case.memory_mib * MIB,
+        case.vcpus,
+        case.pages,
+        case.working_set_percent,
+        console,
     );
-    let boot = BootSpec {
-        kernel,
-        initrd: None,
-        cmdline,
-    };
-    let mut spec = MachineSpec::new(case.memory_mib * MIB, Some(boot));
-    spec.cpu.vcpu_count = case.vcpus;
     spec.memory.preallocate = true;
     spec.memory.backing = case.backing;
-    let backend = SerialBackend::File {
-        path: console.to_owned(),
-        append: false,
-    };
-    spec.serials.push(SerialSpec { port: 0, backend });
     let machine = Arc::new(Machine::build(spec).unwrap());
     machine.start(false).unwrap();
     wait_line(console, Duration::from_secs(120), |line| {

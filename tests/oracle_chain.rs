@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::machines::pagewriter_spec;
 use common::memory::{assert_same_memory, copy_at_pause, shadow};
 use common::{have_kvm, long, wait_line};
 use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report, Workspace};
 use livepoint::guest::{Guest, MemoryRegion};
-use livepoint::guests;
 use livepoint::machine::Machine;
-use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::machine::spec::MachineSpec;
 use livepoint::restore::eager;
 use livepoint::store::{Codec, FileStorage, ImageReader};
 use livepoint::sys::anon;
@@ -25,27 +25,7 @@ use livepoint::sys::anon;
 const MEMORY_BYTES: u64 = 64 << 20;
 
 fn spec(console: &Path, working_set_percent: u32) -> MachineSpec {
-    let kernel = Source::Bytes {
-        name: "pagewriter".to_owned(),
-        bytes: guests::find("pagewriter").unwrap().elf.into(),
-    };
-    let cmdline = format!(
-        "ws_percent={working_set_percent} vcpus=2 pages=2m pattern=random write=page \
-         fill=incompressible tick_ms=0"
-    );
-    let boot = BootSpec {
-        kernel,
-        initrd: None,
-        cmdline,
-    };
-    let mut spec = MachineSpec::new(MEMORY_BYTES, Some(boot));
-    spec.cpu.vcpu_count = 2;
-    let backend = SerialBackend::File {
-        path: console.to_owned(),
-        append: true,
-    };
-    spec.serials.push(SerialSpec { port: 0, backend });
-    spec
+    pagewriter_spec(MEMORY_BYTES, 2, "2m", working_set_percent, console)
 }
 
 fn started(console: &Path, working_set_percent: u32) -> Arc<Machine> {

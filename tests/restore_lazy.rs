@@ -9,13 +9,13 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use common::gated::{Gate, GatedStorage};
-use common::memory::{assert_same_memory, copy_at_pause, shadow};
+use common::machines::{checkpoint_and_compare, pagewriter_spec};
+use common::memory::assert_same_memory;
 use common::{Random, have_kvm, long, wait_line};
-use livepoint::checkpoint::{self, Chain, CheckpointOptions, Protocol, Report};
+use livepoint::checkpoint::{Chain, Protocol};
 use livepoint::guest::{Backing, Guest, MemoryFill as _, MemoryRegion};
-use livepoint::guests;
 use livepoint::machine::Machine;
-use livepoint::machine::spec::{BootSpec, MachineSpec, SerialBackend, SerialSpec, Source};
+use livepoint::machine::spec::MachineSpec;
 use livepoint::page::{Gfn, PAGE_BYTES, PIECE_BYTES};
 use livepoint::restore::eager;
 use livepoint::restore::lazy::{LazyFill, wait_for};
@@ -232,46 +232,7 @@ fn a_damaged_chunk_is_named_and_no_byte_of_its_piece_comes() {
 const GUEST_BYTES: u64 = 64 << 20;
 
 fn spec(console: &Path) -> MachineSpec {
-    let kernel = Source::Bytes {
-        name: "pagewriter".to_owned(),
-        bytes: guests::find("pagewriter").unwrap().elf.into(),
-    };
-    let cmdline = "ws_percent=10 vcpus=1 pages=2m pattern=random write=page fill=incompressible \
-                   tick_ms=0";
-    let mut spec = MachineSpec::new(
-        GUEST_BYTES,
-        Some(BootSpec {
-            kernel,
-            initrd: None,
-            cmdline: cmdline.to_owned(),
-        }),
-    );
-    let backend = SerialBackend::File {
-        path: console.to_owned(),
-        append: true,
-    };
-    spec.serials.push(SerialSpec { port: 0, backend });
-    spec
-}
-
-/// Takes a checkpoint into `dir` and compares what it restores to with memory at the pause.
-fn check(machine: &Arc<Machine>, chain: Option<&Chain>, protocol: Protocol, dir: &Path) -> Report {
-    let copy = Arc::new(shadow(machine.regions()));
-    let mut options = CheckpointOptions::default();
-    options.protocol = protocol;
-    options.durable = false;
-    options.chain = chain.cloned();
-    options.pause_limit = Duration::from_secs(30);
-    options.at_pause = Some(copy_at_pause(copy.clone()));
-    let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), dir, options).unwrap();
-    let report = job
-        .wait()
-        .unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
-    let reader = ImageReader::open(&FileStorage, &report.image.path).unwrap();
-    let restored = shadow(machine.regions());
-    eager::fill(&reader, &restored, &eager::FillOptions::default()).unwrap();
-    assert_same_memory(&restored, &copy);
-    report
+    pagewriter_spec(GUEST_BYTES, 1, "2m", 10, console)
 }
 
 /// How much of the fill is there when the checkpoint is asked for, in percent.
@@ -291,7 +252,7 @@ fn checkpoints_while_memory_still_comes_are_exactly_the_memory_of_their_pause() 
     });
     let images = dir.path().join("images");
     std::fs::create_dir(&images).unwrap();
-    let base = check(&machine, None, Protocol::Stop, &images).image;
+    let base = checkpoint_and_compare(&machine, None, Protocol::Stop, &images).image;
     machine.destroy();
     let mut turn = 0;
     for protocol in Protocol::CAPTURING {
@@ -353,7 +314,7 @@ fn check_while_filling(
         std::thread::sleep(Duration::from_millis(50));
         opens.open();
     });
-    let report = check(&machine, tracked.then_some(&chain), protocol, images);
+    let report = checkpoint_and_compare(&machine, tracked.then_some(&chain), protocol, images);
     opener.join().unwrap();
     let increment = report.statistics.increment.as_ref();
     let parent = increment.and_then(|increment| increment.parent);

@@ -8,11 +8,13 @@
 pub mod c;
 pub mod gated;
 pub mod livepointd;
+pub mod machines;
 pub mod memory;
 pub mod pagewriter;
 pub mod records;
 pub mod rpc_client;
 mod sample;
+pub mod victim;
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
