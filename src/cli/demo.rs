@@ -25,6 +25,9 @@ const DOMAIN_XML: &str = include_str!("../../examples/npb-mg.xml");
 /// No run of a kernel that fits a demonstration takes this long on hardware that has KVM.
 const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// What is shown beside each other: the traditional way, the paper's, and copy-on-write.
+const PROTOCOLS: [Protocol; 3] = [Protocol::Stop, Protocol::Threaded, Protocol::Cow];
+
 /// Share of the iterations after which the checkpoint starts: the working set is at its peak, and
 /// most of the work is still to come.
 const CHECKPOINT_AFTER: f64 = 0.3;
@@ -119,7 +122,7 @@ impl Demo {
             undisturbed.seconds, undisturbed.verification
         ));
         let mut protocols = BTreeMap::new();
-        for (step, protocol) in [(2, Protocol::Stop), (3, Protocol::Threaded)] {
+        for (step, protocol) in (2..).zip(PROTOCOLS) {
             let name = protocol.name();
             self.out.say(format_args!(
                 "{step}. Again, with one {name} checkpoint on the way."
@@ -192,7 +195,7 @@ impl Demo {
 
     fn crash_and_restore(&self) -> anyhow::Result<String> {
         self.out
-            .say("4. Again, with a threaded checkpoint; then the VM is killed (SIGKILL).");
+            .say("5. Again, with a threaded checkpoint; then the VM is killed (SIGKILL).");
         let mut vm = self.start("killed")?;
         self.reach_peak(&mut vm)?;
         let image = self.images.join("crash.lpi");
@@ -202,7 +205,7 @@ impl Demo {
         vm.kill();
         self.out.say(format_args!("   killed at: {progress}"));
         self.out
-            .say("5. It is restored from the image, in a new process.");
+            .say("6. It is restored from the image, in a new process.");
         let name = Image::open(&image)?.name().to_owned();
         let restored = VmProcess::restore(&self.dir, "restored", &name, &image)?;
         let run = self.finish(restored)?;
@@ -270,7 +273,8 @@ fn text(report: &Report) -> String {
         String::new(),
         String::new(),
     ]];
-    for (name, figures) in &report.protocols {
+    let figures_of = |protocol: Protocol| report.protocols.get_key_value(protocol.name());
+    for (name, figures) in PROTOCOLS.into_iter().filter_map(figures_of) {
         rows.push(vec![
             (*name).to_owned(),
             format!("{:.2} s", figures.run_s),
