@@ -11,6 +11,7 @@
 #define LOG2_BUCKETS 9
 #define BUCKETS (1u << LOG2_BUCKETS)
 #define LOOK_KEYS 16384 /* at most 0.1 ms or so */
+#define LOOK_SCATTERED 128 /* where each key may go to another page */
 #define CHECKS (ITERATIONS * TEST_KEYS + 1)
 
 /*
@@ -85,7 +86,7 @@ static void sort_into_buckets(uint32_t *bucket_end)
 	/* What was the start of each bucket becomes its end. */
 	for (uint32_t i = 0; i < key_count; i++) {
 		bucketed[bucket_end[keys[i] >> shift]++] = keys[i];
-		if (i % LOOK_KEYS == 0)
+		if (i % LOOK_SCATTERED == 0)
 			npb_look();
 	}
 }

@@ -423,9 +423,12 @@ pub(super) struct BenchArgs {
     /// Set up the host's pool of huge pages where it is too small, and restore it (sizes).
     #[arg(long)]
     pub hugetlb: bool,
-    /// Another program to measure beside (lost-work).
-    #[arg(long, value_enum, value_name = "NAME")]
+    /// Another program to measure beside, in all its ways or in one (lost-work).
+    #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',')]
     pub peer: Vec<Peer>,
+    /// Places for images, as in disk,shm [default: all] (lost-work, npb).
+    #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',')]
+    pub targets: Vec<TargetName>,
     /// NPB kernels to compute, as in cg,mg [default: all that the guest has] (npb).
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub kernels: Vec<String>,
@@ -460,8 +463,28 @@ pub(super) enum Suite {
 /// A program that saves virtual machines too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Peer {
-    /// qemu-system-x86_64.
+    /// qemu-system-x86_64, in each of its ways to save a machine.
     Qemu,
+    /// Stop, migrate to a file, continue.
+    QemuStop,
+    /// Migrate to a file while the guest runs, then continue.
+    QemuLive,
+    /// The same, with a fixed place in the file for each page and several threads.
+    QemuLiveMappedRam,
+    /// Copy on write, by userfaultfd.
+    QemuBackgroundSnapshot,
+}
+
+/// Where an image goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum TargetName {
+    /// The directory of `--images`.
+    Disk,
+    /// The directory of `--shm`.
+    Shm,
+    /// The directory of `--images`, written with 500 MB/s at most.
+    #[value(name = "disk-500")]
+    HeldDisk,
 }
 
 /// Parses a length of time such as 5ms or 1.5s.

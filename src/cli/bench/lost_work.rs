@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde::Serialize;
 
+use super::super::args::TargetName;
 use super::super::output::{bytes, table, to_f64};
 use super::contender::{Contender, Staging, is_live};
 use super::loss::{Loss, Place, Point, lost_work};
@@ -106,7 +107,7 @@ type Turn = [Sample; 2];
 pub(super) fn run(setup: &Setup) -> anyhow::Result<LostWork> {
     let args = setup.args;
     let contenders = contenders(setup);
-    let targets = [setup.shm(), setup.held_disk()];
+    let targets = setup.targets(&[TargetName::Shm, TargetName::HeldDisk]);
     let mut all: Vec<Vec<Row<Turn>>> = targets
         .iter()
         .map(|_| contenders.iter().copied().map(Row::new).collect())
@@ -150,12 +151,12 @@ fn contenders(setup: &Setup) -> Vec<Contender> {
         .filter_map(|one| one.protocol())
         .filter(|&protocol| is_live(protocol))
         .map(|protocol| Contender::Ours(protocol, Staging::Default));
-    let qemu = setup.qemu.iter().flat_map(|_| QemuMode::ALL);
+    let qemu = setup.qemu_modes().map(Contender::Qemu);
     [Contender::Nothing]
         .into_iter()
         .chain(ours.iter().copied())
         .chain(default)
-        .chain(qemu.map(Contender::Qemu))
+        .chain(qemu)
         .collect()
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use serde::Serialize;
 
+use super::super::args::TargetName;
 use super::super::console_log::number;
 use super::super::output::{bytes, table, to_f64};
 use super::contender::Contender;
@@ -32,8 +33,13 @@ const RUN_TIMEOUT: Duration = Duration::from_secs(1800);
 
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A loss below so many times the spread of the undisturbed runs says nothing.
+/// A loss below so many times the spread of the undisturbed runs says nothing. Their spread is how
+/// far the middle half of them is apart: one run that other work on the host disturbed moves the
+/// range by any amount, and this by little.
 const JUDGED_SPREADS: f64 = 5.0;
+
+/// Fewer runs have no middle half to speak of.
+const JUDGED_RUNS: usize = 3;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Npb {
@@ -206,7 +212,7 @@ fn guest(setup: &Setup, kernel: &str, repeat: u32) -> GuestSpec {
 
 impl Plan {
     fn new(setup: &Setup, kernel: &str, repeat: u32) -> Self {
-        let targets = [setup.disk(), setup.shm(), setup.held_disk()];
+        let targets = setup.targets(&[TargetName::Disk, TargetName::Shm, TargetName::HeldDisk]);
         let rows = || setup.ours().into_iter().map(Row::new).collect();
         Self {
             kernel: kernel.to_owned(),
@@ -247,12 +253,13 @@ impl Plan {
     fn figures(self, memory_bytes: u64) -> Kernel {
         let seconds = || self.undisturbed.samples.iter().map(|run| run.seconds);
         let undisturbed_s = Spread::of(seconds());
+        let middle_half_s = quartiles(seconds()).map(|(low, high)| high - low);
         let targets = self.cells.into_iter().map(|(target, rows)| {
             let mut protocols: Vec<Figures> = rows
                 .into_iter()
                 .map(|row| Figures::new(row, undisturbed_s, memory_bytes))
                 .collect();
-            let judged = compare(&mut protocols, undisturbed_s);
+            let judged = compare(&mut protocols, undisturbed_s, middle_half_s);
             TargetFigures {
                 target: target.name,
                 judged,
@@ -264,7 +271,7 @@ impl Plan {
             kernel: self.kernel,
             repeat: self.repeat,
             undisturbed_s,
-            undisturbed_middle_half_s: quartiles(seconds()).map(|(low, high)| high - low),
+            undisturbed_middle_half_s: middle_half_s,
             undisturbed_gap_us: Spread::of(self.undisturbed.samples.iter().map(|run| run.gap_us)),
             error: self.undisturbed.error,
         }
@@ -364,7 +371,11 @@ impl Figures {
 }
 
 /// Fills in the ratios to `stop`; returns whether they say something.
-fn compare(protocols: &mut [Figures], undisturbed_s: Option<Spread>) -> bool {
+fn compare(
+    protocols: &mut [Figures],
+    undisturbed_s: Option<Spread>,
+    middle_half_s: Option<f64>,
+) -> bool {
     let stop = protocols
         .iter()
         .find(|figures| figures.protocol.to_string() == "stop");
@@ -376,11 +387,10 @@ fn compare(protocols: &mut [Figures], undisturbed_s: Option<Spread>) -> bool {
         figures.total_to_stop = ratio(figures.total_us, total);
         figures.gap_to_stop = ratio(figures.guest_gap_us, gap);
     }
+    let several = undisturbed_s.is_some_and(|undisturbed| undisturbed.runs >= JUDGED_RUNS);
     added
-        .zip(undisturbed_s)
-        .is_some_and(|(added, undisturbed)| {
-            undisturbed.runs > 1 && added.median >= JUDGED_SPREADS * undisturbed.range()
-        })
+        .zip(middle_half_s)
+        .is_some_and(|(added, apart)| several && added.median >= JUDGED_SPREADS * apart)
 }
 
 impl Npb {
@@ -403,7 +413,7 @@ impl Npb {
             "### NAS Parallel Benchmarks\n\nClass {}, {} of memory, 1 vCPU, no compression, staging \
              of 60 % of memory; one checkpoint after the first iteration. Targets: disk, shm, and \
              disk held to 500 MB/s. \\*: not judged, since what `stop` loses is less than {} times \
-             the range of the undisturbed runs.\n",
+             how far the middle half of the undisturbed runs is apart.\n",
             self.class,
             bytes(self.memory_bytes),
             JUDGED_SPREADS
@@ -468,13 +478,14 @@ mod tests {
             figures(Protocol::Stop, 1.0, 2.0),
             figures(Protocol::Threaded, 0.5, 3.0),
         ];
-        assert!(compare(&mut protocols, Spread::of([10.0, 10.2])));
+        let runs = Spread::of([10.0, 10.1, 10.9]);
+        assert!(compare(&mut protocols, runs, Some(0.2)));
         assert_eq!(protocols[1].overhead_to_stop, Some(0.5));
         assert_eq!(protocols[1].total_to_stop, Some(1.5));
         assert_eq!(protocols[1].gap_to_stop, None);
-        assert!(!compare(&mut protocols, Spread::of([10.0, 10.21])));
-        // One run has no range.
-        assert!(!compare(&mut protocols, Spread::of([10.0])));
-        assert!(!compare(&mut protocols[1..], Spread::of([10.0, 10.1])));
+        assert!(!compare(&mut protocols, runs, Some(0.21)));
+        let few = Spread::of([10.0, 10.1]);
+        assert!(!compare(&mut protocols, few, Some(0.1)));
+        assert!(!compare(&mut protocols[1..], runs, Some(0.1)));
     }
 }

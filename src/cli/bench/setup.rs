@@ -11,11 +11,11 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 
-use super::super::args::{BenchArgs, Peer};
+use super::super::args::{BenchArgs, Peer, TargetName};
 use super::super::output::Output;
 use super::super::scratch::Scratch;
 use super::contender::{Contender, Staging};
-use super::qemu::QemuProgram;
+use super::qemu::{QemuMode, QemuProgram};
 use super::vm::{GuestSpec, Request, Vm};
 use crate::host::{Protocol, TerminationSignals};
 
@@ -90,7 +90,7 @@ impl<'a> Setup<'a> {
         TerminationSignals::block()
             .and_then(|signals| signals.on_signal(move || flag.store(true, Ordering::Relaxed)))
             .context("could not take over signals")?;
-        let qemu = args.peer.contains(&Peer::Qemu).then(QemuProgram::find);
+        let qemu = (!args.peer.is_empty()).then(QemuProgram::find);
         Ok(Self {
             args,
             out,
@@ -130,6 +130,36 @@ impl<'a> Setup<'a> {
         self.protocols().into_iter().map(ours).collect()
     }
 
+    /// Returns the ways of QEMU's to measure.
+    pub fn qemu_modes(&self) -> impl Iterator<Item = QemuMode> {
+        let asked = &self.args.peer;
+        let is_asked = |mode: &QemuMode| {
+            let alone = match mode {
+                QemuMode::Stop => Peer::QemuStop,
+                QemuMode::Live => Peer::QemuLive,
+                QemuMode::LiveMapped => Peer::QemuLiveMappedRam,
+                QemuMode::Background => Peer::QemuBackgroundSnapshot,
+            };
+            asked.contains(&Peer::Qemu) || asked.contains(&alone)
+        };
+        QemuMode::ALL.into_iter().filter(is_asked)
+    }
+
+    /// Returns those of the `offered` places that are to be measured.
+    pub fn targets(&self, offered: &[TargetName]) -> Vec<Target> {
+        let asked = &self.args.targets;
+        let chosen = offered
+            .iter()
+            .filter(|place| asked.is_empty() || asked.contains(place));
+        chosen
+            .map(|place| match place {
+                TargetName::Disk => self.disk(),
+                TargetName::Shm => self.shm(),
+                TargetName::HeldDisk => self.held_disk(),
+            })
+            .collect()
+    }
+
     /// Fails once the user has asked to end.
     pub fn go_on(&self) -> anyhow::Result<()> {
         if self.interrupted.load(Ordering::Relaxed) {
@@ -162,7 +192,7 @@ impl<'a> Setup<'a> {
     }
 
     /// Returns the place on disk, held to the speed of a slower one.
-    pub fn held_disk(&self) -> Target {
+    fn held_disk(&self) -> Target {
         Target {
             name: "disk-500",
             max_bandwidth: Some(HELD_BYTES_PER_S),

@@ -24,11 +24,6 @@ impl Spread {
         })
     }
 
-    /// Returns how far the runs are apart.
-    pub fn range(&self) -> f64 {
-        self.max - self.min
-    }
-
     /// Formats it as `median (min–max)`, each value divided by `unit`.
     pub fn cell(&self, unit: f64, decimals: usize) -> String {
         if self.runs == 1 {
