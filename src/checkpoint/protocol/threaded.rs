@@ -13,7 +13,7 @@ use std::time::Instant;
 use crossbeam_channel::{Sender, bounded};
 
 use crate::checkpoint::capture::{LastSet, Staging};
-use crate::checkpoint::error::{CheckpointError, Halt};
+use crate::checkpoint::error::Halt;
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::harvest::Harvester;
 use crate::checkpoint::protocol::scan::start_scan;
@@ -58,14 +58,17 @@ pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     })
 }
 
-fn make_staging(session: &Session) -> Result<Staging, CheckpointError> {
+fn make_staging(session: &mut Session) -> Result<Staging, Halt> {
     let slots = session.policy.staging_slots;
     let kept = session.options.workspace.staging();
     let mut staging = Staging::new(slots, session.layout.page_count(), kept)?;
     // As much as the first harvest may take; each harvest populates for the next.
     let first = 2 * session.policy.reserved_slots;
-    staging.populate(first, || session.control.check().is_ok())?;
-    Ok(staging)
+    let control = session.control.clone();
+    session.aside("lvp-staging", move || {
+        staging.populate(first, || control.check().is_ok())?;
+        Ok(staging)
+    })
 }
 
 /// Scans and harvests; returns what the pause needs when the last set is as small as it gets.

@@ -333,6 +333,21 @@ impl Session {
         Ok(value)
     }
 
+    /// Runs work that takes CPU time, before anything is captured, on a thread that gives way to the
+    /// guest; this one must not, since it resumes the guest.
+    pub(crate) fn aside<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+    ) -> Result<T, Halt> {
+        let (done, result) = bounded(1);
+        self.capture.spawn_polite(name, move || {
+            done.send(work()?).ok();
+            Ok(())
+        })?;
+        self.control.wait(&result)
+    }
+
     /// Ends the threads of a stopped checkpoint, and abandons those that are stuck in storage.
     /// The guest runs and its log is off already.
     fn tear_down(&mut self) {

@@ -151,10 +151,10 @@ fn make(
         .filter(|(number, piece)| untouched.count(*number) < piece.page_count)
         .count();
     let (count, reserve) = session.policy.piece_buffers(touched);
-    let all = session
-        .options
-        .workspace
-        .buffers_while(count, || session.control.check().is_ok())?;
+    let (workspace, control) = (session.options.workspace.clone(), session.control.clone());
+    let all = session.aside("lvp-staging", move || {
+        workspace.buffers_while(count, || control.check().is_ok())
+    })?;
     session.control.check()?;
     session.statistics.staging.capacity_bytes = (count * PIECE_BYTES) as u64;
     let (queue, returned) = session.start_writers(Buffers { all, reserve })?;
