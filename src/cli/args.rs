@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::host::confine::Forbidden;
 use crate::host::{ClockPolicy, Protocol, RuntimeDir};
 
 /// Runs KVM virtual machines and saves them while they keep running.
@@ -111,6 +112,39 @@ pub(super) struct WorkerArgs {
     /// File that is written when the domain has ended, and says how, as JSON.
     #[arg(long, hide = true, value_name = "FILE", conflicts_with = "detach")]
     pub final_state: Option<PathBuf>,
+    /// What becomes of system calls that no part of a machine makes [default: all can be made].
+    #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "detach")]
+    pub seccomp: Option<SeccompArg>,
+    /// Let the process open only files that the domain names (Landlock).
+    #[arg(long, conflicts_with = "detach")]
+    pub landlock: bool,
+    /// With --landlock: directory that images may be written to; may be repeated.
+    #[arg(long, value_name = "DIR", requires = "landlock")]
+    pub image_dir: Vec<PathBuf>,
+    /// Run as this user, by name or number, once the machine's files are open; for root.
+    #[arg(long, value_name = "USER", conflicts_with = "detach")]
+    pub user: Option<String>,
+}
+
+/// What becomes of system calls that no part of a machine makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum SeccompArg {
+    /// They fail, as on a kernel that does not have them.
+    Refuse,
+    /// The process is killed.
+    Kill,
+    /// They are made, and the kernel's audit log tells of them.
+    Log,
+}
+
+impl From<SeccompArg> for Forbidden {
+    fn from(arg: SeccompArg) -> Self {
+        match arg {
+            SeccompArg::Refuse => Self::Refuse,
+            SeccompArg::Kill => Self::Kill,
+            SeccompArg::Log => Self::Log,
+        }
+    }
 }
 
 /// How a domain goes on from an image.

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod clone;
+mod confined;
 mod console_log;
 mod demo;
 mod domain;

@@ -13,13 +13,14 @@ use uuid::Uuid;
 
 use super::Context;
 use super::args::{RestoreArgs, RunArgs, WorkerArgs};
+use super::confined::Kept;
 use super::output::micros;
 use crate::guests;
 use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
-    BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, FinalState, Image,
-    RestoreOptions, RuntimeDir, SharedMemory, TerminationSignals,
+    BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, Image, RestoreOptions,
+    RuntimeDir, SharedMemory, TerminationSignals,
 };
 
 /// How long a detached domain may take until its control socket answers: restoring tens of
@@ -68,7 +69,7 @@ impl Started {
 pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode> {
     let xml = fs::read_to_string(&args.xml)
         .with_context(|| format!("could not read {}", args.xml.display()))?;
-    let options = domain_options(context, &args.worker)?;
+    let (options, kept) = domain_options(context, &args.worker)?;
     if args.detach {
         let name = Domain::name_in(&xml).map_err(|error| error.in_file(&args.xml))?;
         let mut again = vec!["run".into(), args.xml.clone().into_os_string()];
@@ -79,7 +80,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode>
     let domain = Domain::define(&xml, options).map_err(|error| error.in_file(&args.xml))?;
     let domain = Arc::new(domain);
     domain.start(args.paused)?;
-    serve(context, &domain, None, &signals, &args.worker)
+    serve(context, &domain, None, &signals, &args.worker, kept)
 }
 
 pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<ExitCode> {
@@ -115,14 +116,12 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     if let (Some(path), Some(root)) = (&args.shared_memory, &args.shared_root) {
         options.shared = Some(SharedMemory::open(path, root)?);
     }
-    let domain = Arc::new(Domain::restore(
-        &args.image,
-        &options,
-        domain_options(context, &args.worker)?,
-    )?);
+    let (domain_options, kept) = domain_options(context, &args.worker)?;
+    let domain = Domain::restore(&args.image, &options, domain_options)?;
+    let domain = Arc::new(domain);
     domain.start(args.restored.paused)?;
     let restored_in = Some(start.elapsed());
-    serve(context, &domain, restored_in, &signals, &args.worker)
+    serve(context, &domain, restored_in, &signals, &args.worker, kept)
 }
 
 /// Returns the name of a domain that is to be another than the one that was saved.
@@ -138,8 +137,9 @@ fn new_name(args: &RestoreArgs) -> anyhow::Result<Option<String>> {
     Ok(Some(format!("{}-{}", image.name(), &digits[..8])))
 }
 
-fn domain_options(context: &Context, args: &WorkerArgs) -> anyhow::Result<DomainOptions> {
+fn domain_options(context: &Context, args: &WorkerArgs) -> anyhow::Result<(DomainOptions, Kept)> {
     let mut options = DomainOptions::new(context.runtime()?);
+    let kept = Kept::new(context.runtime()?, args, &mut options)?;
     options.id = args.id;
     options.builtin_kernels = guests::ALL
         .iter()
@@ -148,7 +148,7 @@ fn domain_options(context: &Context, args: &WorkerArgs) -> anyhow::Result<Domain
             elf: guest.elf,
         })
         .collect();
-    Ok(options)
+    Ok((options, kept))
 }
 
 /// Serves the control socket until the domain ends.
@@ -158,9 +158,15 @@ fn serve(
     restored_in: Option<Duration>,
     signals: &TerminationSignals,
     args: &WorkerArgs,
+    mut kept: Kept,
 ) -> anyhow::Result<ExitCode> {
-    let socket = context.runtime()?.socket(domain.name())?;
-    let server = ControlServer::start(domain.clone(), &socket)?;
+    let server = match kept.socket() {
+        Some(socket) => ControlServer::start_at(domain.clone(), socket)?,
+        None => {
+            let socket = context.runtime()?.socket(domain.name())?;
+            ControlServer::start(domain.clone(), &socket)?
+        }
+    };
     let started = Started::new(domain.status(), restored_in);
     announce(context, &started);
     {
@@ -173,7 +179,7 @@ fn serve(
     }
     let end = domain.wait()?;
     if let (Some(file), Some(state)) = (&args.final_state, domain.final_state()) {
-        write_final_state(file, &state)?;
+        kept.write_final_state(file, &state)?;
     }
     drop(server);
     Ok(match end {
@@ -186,14 +192,6 @@ fn serve(
             ExitCode::SUCCESS
         }
     })
-}
-
-/// Tells a daemon that was not there how the domain ended; whole, or not at all.
-fn write_final_state(file: &Path, state: &FinalState) -> anyhow::Result<()> {
-    let written = file.with_extension("new");
-    fs::write(&written, serde_json::to_vec(state)?)
-        .and_then(|()| fs::rename(&written, file))
-        .with_context(|| format!("could not write {}", file.display()))
 }
 
 /// Says that the domain runs; on stderr, since stdout may be the guest's console.

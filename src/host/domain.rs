@@ -19,6 +19,7 @@ use crate::guest::Guest;
 use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
+use crate::host::files::WhenOpen;
 use crate::host::image::default_threads;
 use crate::host::watch::Watchers;
 use crate::host::{
@@ -60,6 +61,9 @@ pub struct DomainOptions {
     /// Connected stream sockets that the first serial ports are served at, in place of what the
     /// XML says of them.
     pub consoles: Vec<Arc<OwnedFd>>,
+    /// What is done once all that the machine needs of the host is open and locked, before it has
+    /// a thread: to give up the right to open more. Done again where a domain is started again.
+    pub when_open: Option<WhenOpen>,
 }
 
 impl DomainOptions {
@@ -70,6 +74,7 @@ impl DomainOptions {
             builtin_kernels: Vec::new(),
             id: None,
             consoles: Vec::new(),
+            when_open: None,
         }
     }
 }
@@ -212,6 +217,7 @@ impl Domain {
         disks::restore(reader, &mut config, &restore.disks)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels)?;
         options.attach_consoles(&mut spec)?;
+        options.attach_when_open(&mut spec, Some(reader));
         spec.clock.after_restore = restore.clock;
         if restore.lazy && restore.shared.is_none() {
             let reader = Arc::new(image.into_reader());
@@ -326,6 +332,7 @@ impl Domain {
             None => {
                 let mut spec = machine_spec(&self.config, &self.options.builtin_kernels)?;
                 self.options.attach_consoles(&mut spec)?;
+                self.options.attach_when_open(&mut spec, None);
                 let machine = Arc::new(Machine::build(spec)?);
                 watch(&machine, &self.watchers);
                 machine

@@ -299,6 +299,7 @@ fn machine_code(error: &MachineError) -> ErrorCode {
         | MachineError::MissingCapability { .. }
         | MachineError::Kvm { .. }
         | MachineError::Thread(_)
+        | MachineError::NotConfined(_)
         | MachineError::Memory(_)
         | MachineError::Cpuid(_) => ErrorCode::Host,
         MachineError::Spec { .. } | MachineError::NothingToBoot | MachineError::Boot(_) => {

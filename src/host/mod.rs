@@ -2,6 +2,8 @@
 //!
 //! Edges (command, C ABI, daemons) see only what this module defines or re-exports.
 
+#[cfg(feature = "cli")]
+pub mod confine;
 mod console;
 pub mod control;
 mod convert;
@@ -9,6 +11,7 @@ mod disks;
 mod domain;
 mod error;
 mod event;
+mod files;
 mod foreign;
 mod image;
 mod job;
@@ -44,6 +47,7 @@ pub use domain::{
 };
 pub use error::{ErrorCode, HostError};
 pub use event::{DomainEvent, DomainEvents, Ending, FinalState};
+pub use files::{DomainFiles, WhenOpen};
 pub use foreign::ForeignVm;
 pub use image::{Image, MemoryRange, collect_garbage};
 pub use job::Job;

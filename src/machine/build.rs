@@ -16,15 +16,13 @@ use super::device::rtc::{self, Rtc};
 use super::device::serial::{self, SerialPort};
 use super::firmware::Firmware;
 use super::memory::GuestRam;
+use super::opened::{Opened, OpenedPci};
 use super::pci::{KvmPlatform, PciBus, PciFunction, PciWindow, layout};
 use super::shared::{Asked, Devices, Parts, PowerOn, Shared};
-use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
+use super::spec::MachineSpec;
 use super::vcpu::Vcpu;
+use super::virtio::VirtioPci;
 use super::virtio::balloon::Balloon;
-use super::virtio::blk::{Blk, Disk};
-use super::virtio::net::Net;
-use super::virtio::rng::Rng;
-use super::virtio::{Backend, DeviceError, VirtioPci};
 use super::{MachineError, acpi, boot, cpuid};
 use crate::kvmstate::{self, KvmDirtyLog, KvmStateError, MsrSet};
 use crate::state::board::{MachineV1, RamRangeV1};
@@ -56,6 +54,9 @@ const TSS_GPA: usize = 0xfffb_d000;
 
 /// The most vCPUs: their APIC ids fit 8 bits, of which one means all.
 const VCPUS_MAX: u32 = 254;
+
+/// A balloon, and the device that it is behind.
+type Inflatable = (Arc<Balloon>, Arc<VirtioPci>);
 
 /// A VM with its memory, devices and vCPUs, none of which has a state yet.
 #[derive(Debug)]
@@ -335,18 +336,17 @@ fn make_devices(
     vm: &Arc<VmFd>,
     ram: &Arc<GuestRam>,
 ) -> Result<(Devices, Bus, Bus), MachineError> {
+    let opened = Opened::new(spec, ram)?;
     let mut ports = Bus::default();
     let mut serials = Vec::new();
-    for serial_spec in &spec.serials {
-        let number = serial_spec.port;
+    for opened in opened.serials {
+        let number = opened.port();
         let (port, gsi) = serial::ADDRESSES[number as usize];
-        let device =
-            SerialPort::new(serial_spec, IrqLine::new(vm.clone(), gsi)).map_err(|source| {
-                MachineError::Serial {
-                    port: number,
-                    source,
-                }
-            })?;
+        let line = IrqLine::new(vm.clone(), gsi);
+        let device = SerialPort::new(opened, line).map_err(|source| MachineError::Serial {
+            port: number,
+            source,
+        })?;
         ports.insert(port, serial::PORTS, device.clone());
         serials.push(device);
     }
@@ -363,8 +363,8 @@ fn make_devices(
         }),
     ));
     ports.insert(rtc::PORT, rtc::PORTS, clock.clone());
-    let virtio = make_virtio(spec, vm, ram)?;
-    let functions = virtio.devices.iter().map(|device| {
+    let (virtio, balloon) = make_virtio(opened.pci, vm, ram)?;
+    let functions = virtio.iter().map(|device| {
         let function: Arc<dyn PciFunction> = device.clone();
         (device.slot(), function)
     });
@@ -382,74 +382,33 @@ fn make_devices(
         pm: power,
         rtc: clock,
         pci,
-        virtio: virtio.devices,
-        disks: virtio.disks,
-        nets: virtio.nets,
-        balloon: virtio.balloon,
+        virtio,
+        disks: opened.disks,
+        nets: opened.nets,
+        balloon,
     };
     Ok((devices, ports, mmio))
 }
 
-/// The functions on PCI, and what is asked for by kind.
-#[derive(Default)]
-struct Virtio {
-    devices: Vec<Arc<VirtioPci>>,
-    disks: Vec<Arc<Disk>>,
-    nets: Vec<Arc<Net>>,
-    balloon: Option<(Arc<Balloon>, Arc<VirtioPci>)>,
-}
-
+/// Makes the functions on PCI; returns the balloon apart, too.
 fn make_virtio(
-    spec: &MachineSpec,
+    opened: Vec<OpenedPci>,
     vm: &Arc<VmFd>,
     ram: &Arc<GuestRam>,
-) -> Result<Virtio, MachineError> {
+) -> Result<(Vec<Arc<VirtioPci>>, Option<Inflatable>), MachineError> {
     let platform = Arc::new(KvmPlatform::new(vm.clone()));
-    let mut virtio = Virtio::default();
-    for PciDeviceSpec { slot, device } in &spec.pci {
-        let mut inflatable = None;
-        let (name, backend): (_, Arc<dyn Backend>) = match device {
-            PciDevice::Disk(disk) => {
-                let name = disk.name.clone();
-                let opened = Disk::open(disk).map_err(|source| {
-                    let name = name.clone();
-                    MachineError::Disk { name, source }
-                })?;
-                let opened = Arc::new(opened);
-                virtio.disks.push(opened.clone());
-                (name, Arc::new(Blk::new(opened)))
-            }
-            PciDevice::Net(net) => {
-                let name = net.name.clone();
-                let opened = Net::open(net).map_err(|source| {
-                    let name = name.clone();
-                    MachineError::Net { name, source }
-                })?;
-                let opened = Arc::new(opened);
-                virtio.nets.push(opened.clone());
-                (name, opened)
-            }
-            PciDevice::Rng(rng) => {
-                let opened = Rng::open(rng).map_err(|source| DeviceError {
-                    what: format!("open {}", rng.source.display()),
-                    source,
-                })?;
-                (slot.to_string(), Arc::new(opened))
-            }
-            PciDevice::Balloon(balloon) => {
-                let made = Arc::new(Balloon::new(*balloon, ram.clone()));
-                inflatable = Some(made.clone());
-                (slot.to_string(), made)
-            }
-        };
-        let thread = format!("{}-{name}", backend.kind().name);
-        let made = VirtioPci::new(*slot, &thread, backend, ram.clone(), platform.clone())?;
-        if let Some(balloon) = inflatable {
-            virtio.balloon = Some((balloon, made.clone()));
+    let mut devices = Vec::new();
+    let mut inflatable = None;
+    for of_host in opened {
+        let thread = format!("{}-{}", of_host.backend.kind().name, of_host.name);
+        let (ram, platform) = (ram.clone(), platform.clone());
+        let made = VirtioPci::new(of_host.slot, &thread, of_host.backend, ram, platform)?;
+        if let Some(balloon) = of_host.balloon {
+            inflatable = Some((balloon, made.clone()));
         }
-        virtio.devices.push(made);
+        devices.push(made);
     }
-    Ok(virtio)
+    Ok((devices, inflatable))
 }
 
 /// Returns what a machine of this spec consists of.

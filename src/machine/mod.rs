@@ -20,6 +20,7 @@ mod firmware;
 mod guest;
 mod lifecycle;
 pub mod memory;
+mod opened;
 pub mod pci;
 mod rewind;
 mod shared;
@@ -138,6 +139,9 @@ pub enum MachineError {
         #[source]
         source: NetError,
     },
+    /// What was to be done once everything was open failed.
+    #[error("could not confine the process")]
+    NotConfined(#[source] io::Error),
     /// A device could not be made.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -2,6 +2,7 @@
 //!
 //! Plain data, without names of libvirt's: [`crate::host`] makes it from a domain.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,6 +39,18 @@ pub struct MachineSpec {
     /// The signal that kicks vCPUs out of the guest; `None` takes the first real-time signal. It
     /// is blocked in the machine's threads, and never delivered outside them.
     pub kick_signal: Option<i32>,
+    /// What is done once all that the devices need of the host is open, before there is a thread.
+    pub when_open: Option<WhenOpen>,
+}
+
+/// Something to do before a machine has threads; an error ends it.
+#[derive(Clone)]
+pub struct WhenOpen(pub Arc<dyn Fn() -> io::Result<()> + Send + Sync>);
+
+impl std::fmt::Debug for WhenOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WhenOpen")
+    }
 }
 
 impl MachineSpec {
@@ -65,6 +78,7 @@ impl MachineSpec {
             clock: ClockSpec::default(),
             lifecycle: LifecycleSpec::default(),
             kick_signal: None,
+            when_open: None,
         }
     }
 }

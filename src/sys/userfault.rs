@@ -5,10 +5,11 @@
     reason = "no kept crate makes a userfaultfd with features that Debian 12's headers lack"
 )]
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use linux_raw_sys::general::{
     _UFFDIO_WRITEPROTECT, UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_PAGEFAULT_FLAG_WP,
@@ -203,6 +204,24 @@ pub(super) fn range(mapping: &GuestMapping, offset: usize, len: usize) -> uffdio
     }
 }
 
+/// The device, where it was opened ahead.
+static DEVICE: OnceLock<File> = OnceLock::new();
+
+/// Opens the device that makes userfaultfds, for a time when this process may no longer open it.
+pub fn keep_device() -> io::Result<()> {
+    let device = open_device()?;
+    // Kept already: the one is as good as the other.
+    drop(DEVICE.set(device));
+    Ok(())
+}
+
+fn open_device() -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd")
+}
+
 pub(super) fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     // SAFETY: the call takes no pointer.
@@ -216,11 +235,14 @@ pub(super) fn open() -> io::Result<OwnedFd> {
     if error.raw_os_error() != Some(libc::EPERM) {
         return Err(error);
     }
-    let device = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-        .map_err(|_| error)?;
+    let opened;
+    let device = match DEVICE.get() {
+        Some(device) => device,
+        None => {
+            opened = open_device().map_err(|_| error)?;
+            &opened
+        }
+    };
     // SAFETY: the argument is a plain number.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
     if fd < 0 {

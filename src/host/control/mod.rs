@@ -5,4 +5,4 @@ pub mod protocol;
 mod server;
 
 pub use client::ControlClient;
-pub use server::ControlServer;
+pub use server::{ControlServer, ControlSocket};

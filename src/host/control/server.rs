@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -25,6 +27,9 @@ use crate::sys::sigmask::SignalsBlocked;
 /// Connections served at once: each costs a thread, and no tool needs more than a few. One more
 /// takes the place of the one that has been silent longest.
 const CONNECTIONS_MAX: usize = 16;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A client that takes no bytes for this long is dropped, so that it cannot keep a thread.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,13 +58,15 @@ impl ControlServer {
     /// A socket file left over by a dead process is replaced; the caller holds the domain's locks,
     /// so no living one can be at it.
     pub fn start(domain: Arc<Domain>, socket: &Path) -> Result<Self, HostError> {
-        let failed = |source| HostError::path("listen at the control socket", socket, source);
-        match fs::remove_file(socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        let listener = UnixListener::bind(socket).map_err(failed)?;
-        RuntimeDir::restrict(socket).map_err(failed)?;
+        Self::start_at(domain, ControlSocket::bind(socket)?)
+    }
+
+    /// Serves `domain` at a socket that was bound before.
+    pub fn start_at(domain: Arc<Domain>, socket: ControlSocket) -> Result<Self, HostError> {
+        let ControlSocket { fd, path } = socket;
+        let failed = |source| HostError::path("listen at the control socket", &path, source);
+        rustix::net::listen(&fd, BACKLOG).map_err(|error| failed(error.into()))?;
+        let listener = UnixListener::from(fd);
         let clients = Arc::new(Clients::default());
         let _blocked = SignalsBlocked::new();
         let served = clients.clone();
@@ -68,8 +75,39 @@ impl ControlServer {
             .spawn(move || accept(&listener, &domain, &served))
             .map_err(failed)?;
         Ok(Self {
-            socket: socket.to_owned(),
+            socket: path,
             clients,
+        })
+    }
+}
+
+/// A socket with a path, at which nobody can connect yet: for a process that will have lost the
+/// right to make it when it comes to listen.
+#[derive(Debug)]
+pub struct ControlSocket {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    /// Makes it at `path`, where one that was left over is replaced.
+    pub fn bind(path: &Path) -> Result<Self, HostError> {
+        let bind = || -> io::Result<OwnedFd> {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let flags = SocketFlags::CLOEXEC;
+            let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+            RuntimeDir::restrict(path)?;
+            Ok(fd)
+        };
+        let fd = bind()
+            .map_err(|source| HostError::path("listen at the control socket", path, source))?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
         })
     }
 }

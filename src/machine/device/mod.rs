@@ -15,6 +15,7 @@ use kvm_ioctls::VmFd;
 use crate::state::{StateError, StateSection, StateSet};
 
 pub use backend::BackendError;
+pub(super) use serial::OpenedSerial;
 
 /// A device still had work in flight when its deadline passed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

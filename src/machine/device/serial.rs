@@ -146,11 +146,39 @@ impl Shared {
     }
 }
 
+/// The host's end of a serial port.
+#[derive(Debug)]
+pub(in crate::machine) struct OpenedSerial {
+    port: u32,
+    backend: Backend,
+}
+
+impl OpenedSerial {
+    /// Opens it.
+    pub(in crate::machine) fn new(spec: &SerialSpec) -> Result<Self, BackendError> {
+        Ok(Self {
+            port: spec.port,
+            backend: Backend::open(&spec.backend)?,
+        })
+    }
+
+    /// Returns the port's number.
+    pub(in crate::machine) fn port(&self) -> u32 {
+        self.port
+    }
+}
+
 impl SerialPort {
-    /// Opens the backend and starts the thread that serves it, paused: input that came before a
-    /// saved state would be lost in it.
-    pub fn new(spec: &SerialSpec, irq: IrqLine) -> Result<Arc<Self>, BackendError> {
-        let backend = Backend::open(&spec.backend)?;
+    /// Starts the thread that serves the backend, paused: input that came before a saved state
+    /// would be lost in it.
+    pub(in crate::machine) fn new(
+        opened: OpenedSerial,
+        irq: IrqLine,
+    ) -> Result<Arc<Self>, BackendError> {
+        let OpenedSerial {
+            port: number,
+            backend,
+        } = opened;
         let needs_thread = backend.needs_thread();
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map(Arc::new)
@@ -169,7 +197,7 @@ impl SerialPort {
         });
         let uart = Serial::with_events(irq.clone(), WakeWhenEmpty(wake), Written::default());
         let port = Arc::new(Self {
-            number: spec.port,
+            number,
             irq,
             uart: Mutex::new(uart),
             shared,
@@ -180,7 +208,7 @@ impl SerialPort {
             let shared = port.shared.clone();
             let _blocked = SignalsBlocked::new();
             let thread = thread::Builder::new()
-                .name(format!("lvp-serial-{}", spec.port))
+                .name(format!("lvp-serial-{number}"))
                 .spawn(move || serve(&shared, &served))
                 .map_err(BackendError::new("start a serial port's thread"))?;
             *port.lock_thread() = Some(thread);

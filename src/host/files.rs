@@ -1,0 +1,88 @@
+//! The files that a domain needs of the host, for who gives up the right to open others.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::DomainOptions;
+use crate::machine::spec::{self, MachineSpec, PciDevice, SerialBackend, Source};
+use crate::store::ImageReader;
+
+/// Files of the host that a domain may open again while it runs.
+#[derive(Clone, Debug, Default)]
+pub struct DomainFiles {
+    /// The domain's name.
+    pub name: String,
+    /// Those that it only reads: kernel, initrd, disks that are not written, the image.
+    pub read: Vec<PathBuf>,
+    /// Those that it writes: disks, files of serial ports.
+    pub write: Vec<PathBuf>,
+}
+
+impl DomainFiles {
+    /// Finds them in what a machine is made from, and in the image that it comes from.
+    fn of(spec: &MachineSpec, image: Option<&ImageReader>) -> Self {
+        let mut files = Self {
+            name: spec.name.clone(),
+            ..Self::default()
+        };
+        if let Some(boot) = &spec.boot {
+            let sources = [Some(&boot.kernel), boot.initrd.as_ref()];
+            for source in sources.into_iter().flatten() {
+                if let Source::Path(path) = source {
+                    files.read.push(path.clone());
+                }
+            }
+        }
+        for serial in &spec.serials {
+            if let SerialBackend::File { path, .. } = &serial.backend {
+                files.write.push(path.clone());
+            }
+        }
+        for device in &spec.pci {
+            match &device.device {
+                PciDevice::Disk(disk) if disk.read_only => files.read.push(disk.path.clone()),
+                PciDevice::Disk(disk) => files.write.push(disk.path.clone()),
+                PciDevice::Rng(rng) => files.read.push(rng.source.clone()),
+                PciDevice::Net(_) | PciDevice::Balloon(_) => {}
+            }
+        }
+        if let Some(image) = image {
+            let layers = image.layer_paths().map(Path::to_owned);
+            files.read.extend(layers);
+            files.read.push(image.path().to_owned());
+        }
+        files
+    }
+}
+
+/// What is done with a domain's files.
+type Action = dyn Fn(&DomainFiles) -> io::Result<()> + Send + Sync;
+
+/// Something to do with a domain's files; an error ends the domain.
+#[derive(Clone)]
+pub struct WhenOpen(Arc<Action>);
+
+impl WhenOpen {
+    /// Makes it of a function.
+    pub fn new(of: impl Fn(&DomainFiles) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(of))
+    }
+}
+
+impl fmt::Debug for WhenOpen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WhenOpen")
+    }
+}
+
+impl DomainOptions {
+    /// Has a machine do what is to be done once it has opened everything.
+    pub(super) fn attach_when_open(&self, spec: &mut MachineSpec, image: Option<&ImageReader>) {
+        if let Some(WhenOpen(then)) = self.when_open.clone() {
+            let files = DomainFiles::of(spec, image);
+            spec.when_open = Some(spec::WhenOpen(Arc::new(move || then(&files))));
+        }
+    }
+}
