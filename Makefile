@@ -136,6 +136,7 @@ install-built: # what is in $(BUILT); builds nothing
 	install -d $(DESTDIR)$(UNITDIR)
 	install -m644 packaging/systemd/*.socket $(DESTDIR)$(UNITDIR)/
 	$(call substitute,packaging/systemd/livepointd.service.in,$(UNITDIR))
+	$(call substitute,packaging/systemd/livepoint-guests.service.in,$(UNITDIR))
 	install -d $(DESTDIR)$(DOCDIR)
 	install -m644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs/*.md $(DESTDIR)$(DOCDIR)/
 	cp -r examples $(DESTDIR)$(DOCDIR)/

@@ -192,6 +192,7 @@ fn an_installation_is_complete_and_can_be_taken_away() {
         "usr/bin/livepointd",
         "usr/include/livepoint.h",
         "usr/include/livepoint.hpp",
+        "usr/lib/systemd/system/livepoint-guests.service",
         "usr/lib/systemd/system/livepointd.service",
         "usr/lib/systemd/system/virtlivepointd.socket",
         "usr/share/man/man1/livepoint.1",

@@ -45,16 +45,6 @@ fn completed(daemon: &Daemon, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
-fn worker_pid(daemon: &Daemon) -> String {
-    let answer = daemon.ok(&[
-        "qemu-monitor-command",
-        "d",
-        r#"{"execute":"livepoint-status"}"#,
-    ]);
-    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
-    answer["return"]["pid"].to_string()
-}
-
 #[test]
 fn a_computation_whose_process_is_killed_verifies_after_a_revert() {
     if !have_kvm() {
@@ -65,12 +55,7 @@ fn a_computation_whose_process_is_killed_verifies_after_a_revert() {
     wait_line(&console, GUEST_TIMEOUT, |line| line.contains("iteration"));
     daemon.ok(&["snapshot-create-as", "d", "s", "--live"]);
     assert_eq!(daemon.state("d"), "running");
-    let pid = worker_pid(&daemon);
-    let killed = std::process::Command::new("kill")
-        .args(["-9", &pid])
-        .status();
-    assert!(killed.unwrap().success());
-    daemon.wait_state("d", "shut off");
+    daemon.kill_worker("d");
     assert_eq!(
         daemon.ok(&["domstate", "d", "--reason"]),
         "shut off (crashed)"
@@ -165,18 +150,87 @@ fn the_gap_that_a_guest_sees_is_the_downtime_that_the_job_tells() {
          <c:checkpoint xmlns:c='urn:livepoint:1' protocol='stop'/></domainsnapshot>",
     )
     .unwrap();
-    daemon.ok(&["snapshot-create", "d", xml.to_str().unwrap()]);
-    let downtime_us = completed(&daemon, "livepoint.downtime_us");
     // Gaps are told in cycles, and the rate of the cycles in the line of the layout.
     let khz = wait_line(&console, GUEST_TIMEOUT, |line| line.contains("tsc_khz="));
     let khz = number(&khz, "tsc_khz=").unwrap();
-    let fits = |line: &str| {
-        let gap_us = number(line, "max_gap=").map(|cycles| cycles * 1000 / khz);
-        gap_us.is_some_and(|gap| gap >= downtime_us && gap < downtime_us * 2 + 50_000)
-    };
-    wait_line(&console, GUEST_TIMEOUT, |line| {
-        line.starts_with("tick") && fits(line)
-    });
+    let mut seen = Vec::new();
+    // Whatever else holds the guest up makes the gap longer, so a busy host gets some attempts.
+    for _ in 0..20 {
+        let before = fs::read_to_string(&console).unwrap().len();
+        daemon.ok(&["snapshot-create", "d", xml.to_str().unwrap()]);
+        let downtime_us = completed(&daemon, "livepoint.downtime_us");
+        let gap_us = longest_gap(&console, before) * 1000 / khz;
+        daemon.ok(&["snapshot-delete", "d", "s"]);
+        seen.push((downtime_us, gap_us));
+        assert!(gap_us >= downtime_us, "downtime and gap, in us: {seen:?}");
+        if gap_us < downtime_us * 2 + 50_000 {
+            return;
+        }
+    }
+    panic!("downtime and gap, in us: {seen:?}");
+}
+
+#[test]
+fn a_live_snapshot_of_a_guest_at_full_speed_stops_it_for_as_long_as_the_job_tells() {
+    /// How often a pause may lie in an interval with a longer one of another cause.
+    const ATTEMPTS: usize = 40;
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let console = start(&daemon, "pagewriter ws=64M", 128);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("ready"));
+    let khz = wait_line(&console, GUEST_TIMEOUT, |line| line.contains("tsc_khz="));
+    let khz = number(&khz, "tsc_khz=").unwrap();
+    let mut seen = Vec::new();
+    for attempt in 0..ATTEMPTS {
+        let before = fs::read_to_string(&console).unwrap().len();
+        daemon.ok(&["snapshot-create-as", "d", "s", "--live"]);
+        let downtime_us = completed(&daemon, "livepoint.downtime_us");
+        let gap_us = longest_gap(&console, before) * 1000 / khz;
+        daemon.ok(&["snapshot-delete", "d", "s"]);
+        // The guest is not stopped before it is told to be, but for the way that takes.
+        assert!(
+            gap_us + gap_us / 10 + 1000 >= downtime_us,
+            "the guest saw {gap_us} us, the job tells {downtime_us} us"
+        );
+        seen.push((downtime_us, gap_us));
+        let is_the_figure = gap_us <= downtime_us + downtime_us / 10 + 1000;
+        if is_the_figure || (!common::long() && attempt > 2) {
+            break;
+        }
+    }
+    println!("downtime and gap, in us: {seen:?}");
+    // Whatever else holds the guest up makes gaps longer; on a quiet machine little does.
+    let excess = seen
+        .iter()
+        .map(|(downtime, gap)| gap.saturating_sub(*downtime))
+        .min();
+    assert!(!common::long() || excess.unwrap() <= 2000, "{seen:?}");
+}
+
+/// Waits for three ticks that the guest prints after what was there `before`, and returns the
+/// longest gap of all that came, in cycles.
+fn longest_gap(console: &std::path::Path, before: usize) -> u64 {
+    let now = fs::read_to_string(console).unwrap().len();
+    let start = Instant::now();
+    loop {
+        let text = fs::read_to_string(console).unwrap();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        // The third one of now on tells of an interval that began after now.
+        let ticks = |from: usize| {
+            // From the line on that was being printed.
+            let start = text[..from].rfind('\n').map_or(0, |end| end + 1);
+            let lines = whole.get(start..).unwrap_or_default().lines();
+            lines.filter(|line| line.starts_with("tick "))
+        };
+        if ticks(now).count() >= 3 {
+            let gaps = ticks(before).filter_map(|line| number(line, "max_gap="));
+            return gaps.max().unwrap();
+        }
+        assert!(start.elapsed() < GUEST_TIMEOUT, "{text}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

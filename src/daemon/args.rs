@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
+use super::guests;
 use super::paths::Paths;
+use super::worker::Confinement;
 use crate::host::RuntimeDir;
+use crate::host::confine::User;
 
 /// Runs domains for libvirt's clients: virsh -c livepoint:///system.
 #[derive(Debug, Parser)]
@@ -43,9 +46,38 @@ pub(super) struct Arguments {
     /// Program that runs a domain [default: livepoint, beside this program].
     #[arg(long, value_name = "FILE")]
     worker: Option<PathBuf>,
+    /// What becomes of system calls that no part of a machine makes, in a domain's process.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Seccomp::Refuse)]
+    seccomp: Seccomp,
+    /// Let a domain's process open all files that its user may, not only those of the domain.
+    #[arg(long)]
+    no_landlock: bool,
+    /// Directory that domains' processes may write images to themselves; may be repeated. To
+    /// others, images are moved once they are whole.
+    #[arg(long, value_name = "DIR")]
+    image_dir: Vec<PathBuf>,
+    /// User, by name or number, that domains' processes run as once their files are open [default:
+    /// the daemon's own].
+    #[arg(long, value_name = "USER")]
+    worker_user: Option<String>,
     /// Say more on stderr; twice for everything.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
+    #[command(subcommand)]
+    pub(super) command: Option<guests::Command>,
+}
+
+/// What becomes of system calls that no part of a machine makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Seccomp {
+    /// They fail, as on a kernel that does not have them.
+    Refuse,
+    /// The process is killed.
+    Kill,
+    /// They are made, and the kernel's audit log tells of them.
+    Log,
+    /// All can be made.
+    Off,
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {
@@ -92,6 +124,30 @@ impl Arguments {
                 ".local/state/livepoint",
             )?,
             runtime: RuntimeDir::at(std::path::absolute(runtime)?)?,
+        })
+    }
+
+    /// Returns how domains' processes are confined.
+    pub(super) fn confinement(&self) -> anyhow::Result<Confinement> {
+        let user = self.worker_user.as_deref();
+        let absolute = |dir: &PathBuf| -> anyhow::Result<PathBuf> {
+            let dir = std::path::absolute(dir)?;
+            anyhow::ensure!(dir.is_dir(), "{} is not a directory", dir.display());
+            Ok(dir)
+        };
+        let image_dirs = self.image_dir.iter().map(absolute);
+        Ok(Confinement {
+            seccomp: match self.seccomp {
+                Seccomp::Refuse => Some("refuse"),
+                Seccomp::Kill => Some("kill"),
+                Seccomp::Log => Some("log"),
+                Seccomp::Off => None,
+            },
+            landlock: !self.no_landlock,
+            image_dirs: image_dirs
+                .collect::<anyhow::Result<_>>()
+                .context("--image-dir")?,
+            user: user.map(User::named).transpose().context("--worker-user")?,
         })
     }
 

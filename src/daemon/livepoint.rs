@@ -176,6 +176,7 @@ impl Livepoint {
             }
             drop(state);
             self.registry.remove(domain.uuid);
+            super::outbox::discard(&self.paths, domain.uuid);
         });
     }
 

@@ -10,9 +10,11 @@ mod args;
 mod definitions;
 mod driver;
 mod error;
+mod guests;
 mod job;
 mod livepoint;
 mod managed;
+mod outbox;
 mod paths;
 mod registry;
 mod snapshots;
@@ -55,7 +57,11 @@ pub fn main() -> ExitCode {
         .parse_env("LIVEPOINT_LOG")
         .format_timestamp_micros()
         .init();
-    match run(&arguments) {
+    let done = match &arguments.command {
+        Some(command) => guests::run(&arguments, command),
+        None => run(&arguments),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("livepointd: {error:#}");
@@ -78,6 +84,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         program: arguments.worker()?,
         paths: paths.clone(),
         in_scopes: systemd::is_our_manager(),
+        confinement: arguments.confinement()?,
     };
     let clients = Arc::new(Clients::default());
     let driver = Livepoint::new(paths, launcher, clients.clone())?;

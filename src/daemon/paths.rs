@@ -32,6 +32,7 @@ impl Paths {
             self.autostart(),
             self.saves(),
             self.snapshots_of_all(),
+            self.outboxes(),
             self.logs(),
             self.workers(),
         ] {
@@ -62,6 +63,15 @@ impl Paths {
 
     pub(super) fn snapshots(&self, uuid: Uuid) -> PathBuf {
         self.snapshots_of_all().join(uuid.to_string())
+    }
+
+    /// Returns where the process of a domain puts images, for the daemon to move them.
+    pub(super) fn outbox(&self, uuid: Uuid) -> PathBuf {
+        self.outboxes().join(uuid.to_string())
+    }
+
+    pub(super) fn outboxes(&self) -> PathBuf {
+        self.state.join("outbox")
     }
 
     pub(super) fn logs(&self) -> PathBuf {
@@ -112,7 +122,8 @@ pub(super) fn remove(path: &Path) -> Result<(), DaemonError> {
     }
 }
 
-fn sync_dir_of(path: &Path) -> io::Result<()> {
+/// Makes the name of a file durable.
+pub(super) fn sync_dir_of(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 

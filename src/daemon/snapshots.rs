@@ -54,6 +54,9 @@ pub(super) struct Snapshot {
     pub(super) image: Option<PathBuf>,
     /// Whether the user named the image's file.
     pub(super) is_external: bool,
+    /// The disks whose content is in the image.
+    #[serde(default)]
+    pub(super) disks: Vec<String>,
     /// The domain's document at that moment.
     pub(super) domain_xml: String,
     /// Whether the image is still being written.
@@ -84,6 +87,14 @@ impl Snapshot {
             }
             Some(_) => "  <memory snapshot='internal'/>\n".to_owned(),
         };
+        if !self.disks.is_empty() {
+            xml += "  <disks>\n";
+            for name in &self.disks {
+                let name = escape(name);
+                xml += &format!("    <disk name='{name}' snapshot='internal'/>\n");
+            }
+            xml += "  </disks>\n";
+        }
         for line in self.domain_xml.lines() {
             xml += &format!("  {line}\n");
         }
@@ -295,6 +306,7 @@ mod tests {
             state: SnapshotState::Shutoff,
             image: None,
             is_external: false,
+            disks: Vec::new(),
             domain_xml: "<domain/>".to_owned(),
             is_pending: false,
         }

@@ -69,6 +69,12 @@ pub(super) fn listen(arguments: &Arguments) -> anyhow::Result<Sockets> {
     Ok(sockets)
 }
 
+/// Returns the first of them: where a daemon of this user answers.
+pub(super) fn default_socket() -> anyhow::Result<PathBuf> {
+    let (paths, _) = default_sockets()?;
+    Ok(paths.into_iter().next().unwrap_or_default())
+}
+
 /// Where libvirt's clients look for `livepoint:///system`, and for an ordinary user's session.
 fn default_sockets() -> anyhow::Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     if is_root() {

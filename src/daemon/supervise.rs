@@ -35,6 +35,7 @@ impl Livepoint {
                 loop {
                     let told = driver.follow(&of_thread, &name, client.take(), &mut process);
                     driver.see_off(&mut process);
+                    worker::remove_socket(&driver.paths, &name);
                     match driver.boot_again(&of_thread, told.as_ref()) {
                         Some((next, connected)) => {
                             process = next;

@@ -18,9 +18,10 @@ use uuid::Uuid;
 use super::error::{DaemonError, failed};
 use super::paths::{Paths, file_name, write_whole};
 use super::state::Running;
+use crate::host::confine::User;
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::Method;
-use crate::host::{DomainConfig, FinalState, RuntimeDir, XmlView};
+use crate::host::{DomainConfig, FinalState, LockFile, RuntimeDir, XmlView};
 use crate::rpc::{Code, RpcError};
 
 /// How long a worker may take until it answers: restoring tens of gigabytes takes minutes.
@@ -56,6 +57,48 @@ pub(super) struct Launcher {
     pub(super) paths: Paths,
     /// Whether each worker gets a scope of its own from systemd.
     pub(super) in_scopes: bool,
+    /// What each worker is kept from.
+    pub(super) confinement: Confinement,
+}
+
+/// How workers are confined; docs/libvirt.md says what it means.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Confinement {
+    /// `--seccomp` of the worker.
+    pub(super) seccomp: Option<&'static str>,
+    pub(super) landlock: bool,
+    /// Directories that workers may write images to, besides their own.
+    pub(super) image_dirs: Vec<PathBuf>,
+    pub(super) user: Option<User>,
+}
+
+impl Confinement {
+    /// Returns whether a worker may be unable to write a file itself.
+    pub(super) fn keeps_from(&self, file: &Path) -> bool {
+        let is_allowed = |dir: &PathBuf| file.starts_with(dir);
+        // Whatever confines it, it has no capability to write where only others may.
+        let is_confined = self.landlock || self.user.is_some() || self.seccomp.is_some();
+        is_confined && !self.image_dirs.iter().any(is_allowed)
+    }
+
+    /// Returns a worker's arguments.
+    fn args(&self, outbox: &Path) -> Vec<OsString> {
+        let mut args: Vec<OsString> = Vec::new();
+        if let Some(seccomp) = self.seccomp {
+            args.extend(["--seccomp".into(), seccomp.into()]);
+        }
+        if self.landlock {
+            args.push("--landlock".into());
+            let own = outbox.to_owned();
+            for dir in self.image_dirs.iter().chain([&own]) {
+                args.extend(["--image-dir".into(), dir.into()]);
+            }
+        }
+        if let Some(user) = &self.user {
+            args.extend(["--user".into(), user.uid().to_string().into()]);
+        }
+        args
+    }
 }
 
 impl Launcher {
@@ -84,6 +127,9 @@ impl Launcher {
         args.extend(["--id".into(), record.id.to_string().into()]);
         args.extend(["--final-state".into(), final_state.into()]);
         paused.then(|| args.push("--paused".into()));
+        let user = self.confinement.user.as_ref();
+        let outbox = super::outbox::prepare(paths, uuid, user)?;
+        args.extend(self.confinement.args(&outbox));
         let log = paths.logs().join(format!(
             "{}.log",
             file_name(name).unwrap_or_else(|| uuid.to_string())
@@ -107,6 +153,8 @@ impl Launcher {
             let mut command = Command::new("systemd-run");
             command.args(["--scope", "--quiet", "--collect", "--slice=machine.slice"]);
             command.arg(format!("--unit=livepoint-{uuid}"));
+            // So that guests are saved before their processes are ended, when the host shuts down.
+            command.arg("--property=Before=livepoint-guests.service");
             command.arg("--").arg(&self.program);
             command
         } else {
@@ -247,6 +295,23 @@ impl Process {
         {
             log::debug!("could not kill a worker: {error}");
         }
+    }
+}
+
+/// Removes the control socket of a worker that has ended and could not do so itself.
+pub(super) fn remove_socket(paths: &Paths, name: &str) {
+    let Ok(socket) = paths.runtime.socket(name) else {
+        return;
+    };
+    if !socket.exists() {
+        return;
+    }
+    // Whoever has the name now has a socket of their own there.
+    let lock = LockFile::acquire(&paths.runtime.name_lock(name), "the name");
+    if lock.is_ok()
+        && let Err(error) = fs::remove_file(&socket)
+    {
+        log::debug!("{}: {error}", socket.display());
     }
 }
 

@@ -9,6 +9,7 @@
 
 #![warn(clippy::indexing_slicing)]
 
+mod caller;
 mod client;
 mod connection;
 mod dispatch;
@@ -21,6 +22,7 @@ mod stream;
 mod types;
 mod xdr;
 
+pub use caller::{CallError, Caller};
 pub use client::{Client, Peer};
 pub(crate) use dispatch::procedure;
 pub use dispatch::{Call, Driver, Pace, Procedure, Reply};

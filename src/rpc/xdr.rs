@@ -166,7 +166,7 @@ impl Encode for str {
     }
 }
 
-impl Encode for &str {
+impl<T: Encode + ?Sized> Encode for &T {
     fn encode(&self, out: &mut Encoder) {
         (**self).encode(out);
     }

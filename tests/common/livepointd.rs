@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -13,6 +14,7 @@ const VIRSH_SECONDS: &str = "120";
 pub struct Daemon {
     dir: tempfile::TempDir,
     child: Option<Child>,
+    options: Vec<String>,
 }
 
 impl Default for Daemon {
@@ -23,9 +25,19 @@ impl Default for Daemon {
 
 impl Daemon {
     pub fn new() -> Self {
+        Self::with(&[])
+    }
+
+    /// Starts one with options of its own besides those that keep it apart.
+    pub fn with(options: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // A worker of another user passes through it.
+        let mode = fs::Permissions::from_mode(0o711);
+        fs::set_permissions(dir.path(), mode).unwrap();
         let mut daemon = Self {
-            dir: tempfile::tempdir().unwrap(),
+            dir,
             child: None,
+            options: options.iter().map(|&option| option.to_owned()).collect(),
         };
         daemon.start();
         daemon
@@ -54,15 +66,9 @@ impl Daemon {
             .append(true)
             .open(self.path("log"))
             .unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_livepointd"))
-            .arg("--config-dir")
-            .arg(self.path("etc"))
-            .arg("--state-dir")
-            .arg(self.path("var"))
-            .arg("--runtime-dir")
-            .arg(self.path("run"))
-            .arg("--socket")
-            .arg(self.socket())
+        let child = self
+            .command()
+            .args(&self.options)
             .arg("--socket-ro")
             .arg(self.path("sock-ro"))
             .stdin(Stdio::null())
@@ -77,6 +83,21 @@ impl Daemon {
             assert!(start.elapsed() < Duration::from_secs(60), "{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Returns the daemon's program, with the places of this daemon.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_livepointd"));
+        command
+            .arg("--config-dir")
+            .arg(self.path("etc"))
+            .arg("--state-dir")
+            .arg(self.path("var"))
+            .arg("--runtime-dir")
+            .arg(self.path("run"))
+            .arg("--socket")
+            .arg(self.socket());
+        command
     }
 
     /// Ends the daemon as a crash would; its domains go on.
@@ -156,6 +177,22 @@ impl Daemon {
     pub fn define_echo(&self, name: &str) {
         let file = self.domain(name, "echo", 64, "<console type='pty'/>");
         self.ok(&["define", file.to_str().unwrap()]);
+    }
+
+    /// Returns what the worker of a domain tells of itself.
+    pub fn worker(&self, name: &str) -> serde_json::Value {
+        let command = r#"{"execute":"livepoint-status"}"#;
+        let answer = self.ok(&["qemu-monitor-command", name, command]);
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        answer["return"].clone()
+    }
+
+    /// Ends the worker of a domain as a crash would, and waits until that is known.
+    pub fn kill_worker(&self, name: &str) {
+        let pid = self.worker(name)["pid"].to_string();
+        let killed = Command::new("kill").args(["-9", &pid]).status();
+        assert!(killed.unwrap().success());
+        self.wait_state(name, "shut off");
     }
 
     pub fn state(&self, name: &str) -> String {

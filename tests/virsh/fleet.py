@@ -3,8 +3,8 @@
 
 Usage: fleet.py URI COUNT DIRECTORY. Defines and starts COUNT domains from threads, hears of
 everything by callbacks from an event loop, snapshots all of them at once while they run, ends
-some by force, goes back to the snapshots, and checks what it is told at each step. Prints one
-line of JSON with what it saw; an exception ends it with status 1.
+some by force, goes back to the snapshots, watches a slow snapshot and aborts it, and checks what it
+is told at each step. Prints one line of JSON with what it saw; an exception ends it with status 1.
 """
 
 import collections
@@ -35,7 +35,8 @@ DOMAIN_XML = """
   <memory unit='MiB'>32</memory>
   <os>
     <type arch='x86_64'>hvm</type>
-    <kernel>builtin:echo</kernel>
+    <kernel>builtin:{guest}</kernel>
+    <cmdline>{options}</cmdline>
   </os>
   <devices>
     <console type='pty'/>
@@ -170,7 +171,7 @@ class Console:
 
 def start_all(connection, names, witness):
     def start(name):
-        domain = connection.defineXML(DOMAIN_XML.format(name=name))
+        domain = connection.defineXML(DOMAIN_XML.format(name=name, guest="echo", options=""))
         domain.create()
         check(domain.isActive() == 1, f"{name} is not active")
 
@@ -251,6 +252,62 @@ def talk(connection, name):
     console.close()
 
 
+def watch_and_abort(connection, witness):
+    """Follows the figures of a job that is held to a mebibyte a second, and ends it."""
+    name = "fleet-busy"
+    options = "ws=16M rate=64M tick_ms=0"
+    xml = DOMAIN_XML.format(name=name, guest="pagewriter", options=options)
+    domain = connection.createXML(xml)
+    domain.migrateSetMaxSpeed(1)
+    outcome = []
+
+    def snapshot():
+        document = "<domainsnapshot><name>slow</name></domainsnapshot>"
+        try:
+            domain.snapshotCreateXML(document, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE)
+            outcome.append(None)
+        except libvirt.libvirtError as error:
+            outcome.append(error.get_error_code())
+
+    deadline = time.monotonic() + TIMEOUT_S
+    seen = {}
+    # One that is taken before the guest has filled its memory is over in no time.
+    while not seen:
+        check(time.monotonic() < deadline, "no job was seen at work")
+        thread = threading.Thread(target=snapshot)
+        thread.start()
+        while thread.is_alive() and not seen:
+            check(time.monotonic() < deadline, "the job does nothing")
+            stats = domain.jobStats()
+            if stats["type"] == libvirt.VIR_DOMAIN_JOB_BOUNDED and stats["data_processed"] > 0:
+                seen = stats
+            time.sleep(0.005)
+        if seen:
+            abort(domain)
+        thread.join(TIMEOUT_S)
+        check(not thread.is_alive(), "the snapshot does not end")
+        if outcome[-1] is None:
+            domain.snapshotLookupByName("slow").delete()
+            seen = {}
+    check(outcome[-1] == libvirt.VIR_ERR_OPERATION_ABORTED, outcome)
+    check(seen["operation"] == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT, seen)
+    check(seen["data_total"] == 32 << 20, seen)
+    check(0 < seen["data_remaining"] == seen["data_total"] - seen["data_processed"], seen)
+    check(domain.listAllSnapshots() == [], "an aborted snapshot is left")
+    check(domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING, "an aborted job ended the guest")
+    domain.destroy()
+    gone = ("stopped", libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED)
+    witness.wait("it does not end", lambda seen: gone in seen.lifecycle[name])
+
+
+def abort(domain):
+    try:
+        domain.abortJob()
+    except libvirt.libvirtError as error:
+        # The job was over first; the caller finds the snapshot.
+        check(error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID, error)
+
+
 def end_all(connection, names, witness):
     def end(name):
         domain = connection.lookupByName(name)
@@ -290,6 +347,7 @@ def main():
     timed("revert_s", revert_all, connection, names, witness)
     timed("look_s", look_around, connection, names)
     timed("talk_s", talk, connection, names[0])
+    timed("abort_s", watch_and_abort, connection, witness)
     timed("end_s", end_all, connection, names, witness)
     witness.leave()
     check(witness.closed is None, "the connection was closed")

@@ -6,6 +6,7 @@ use super::jobs::checkpoint;
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::job::JobKind;
+use crate::daemon::outbox;
 use crate::daemon::paths::remove;
 use crate::daemon::state::{Paused, Running, Shutoff};
 use crate::host::control::protocol::Method;
@@ -68,7 +69,15 @@ fn dump_with_format(
     if pauses {
         driver.pause(&domain, Paused::Dump)?;
     }
-    let image = PathBuf::from(format!("{to}.lpi"));
+    let beside = PathBuf::from(format!("{to}.lpi"));
+    // Where the domain's process can write it.
+    let image = if driver.launcher.confinement.keeps_from(&beside) {
+        let user = driver.launcher.confinement.user.as_ref();
+        outbox::prepare(&driver.paths, domain.uuid, user)?;
+        outbox::image(&driver.paths, domain.uuid)
+    } else {
+        beside
+    };
     let mut request = CheckpointRequest::new(Protocol::Auto);
     request.out = Some(image.clone());
     request.durable = false;

@@ -1,6 +1,7 @@
 //! Checkpoints as jobs: how far they are, what they cost, and how to end them; and the hatch for
 //! what libvirt has no word for.
 
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::job::{Completed, Job, JobKind};
 use crate::daemon::managed::{Limits, Managed};
-use crate::daemon::worker;
+use crate::daemon::{outbox, worker};
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::{JobId, Method};
 use crate::host::{CheckpointRequest, CheckpointSummary, ErrorCode, HostError};
@@ -54,14 +55,33 @@ pub(super) fn checkpoint(
         (state.name.clone(), state.limits)
     };
     apply(limits, job.kind, &mut request);
+    let wanted = request.out.clone();
+    let is_kept = |out: &PathBuf| {
+        let own = driver.paths.outbox(domain.uuid);
+        driver.launcher.confinement.keeps_from(out) && !out.starts_with(own)
+    };
+    let moved_to = wanted.filter(is_kept);
+    if moved_to.is_some() {
+        outbox::prepare(
+            &driver.paths,
+            domain.uuid,
+            driver.launcher.confinement.user.as_ref(),
+        )?;
+        request.out = Some(outbox::image(&driver.paths, domain.uuid));
+    }
     let summary =
-        run_checkpoint(driver, &name, job, &request).map_err(|error| match error.code() {
-            ErrorCode::Cancelled => RpcError::new(
-                Code::OperationAborted,
-                format!("{} job: canceled by client", job.kind.name()),
-            ),
-            _ => failed(&error),
+        run_checkpoint(driver, domain, &name, job, &request).map_err(|error| {
+            match error.code() {
+                ErrorCode::Cancelled => RpcError::new(
+                    Code::OperationAborted,
+                    format!("{} job: canceled by client", job.kind.name()),
+                ),
+                _ => failed(&error),
+            }
         })?;
+    if let Some(to) = &moved_to {
+        outbox::move_to(&driver.paths, domain.uuid, to)?;
+    }
     let completed = Completed::of(job, &summary);
     let params = completed.params.clone();
     domain.lock().completed = Some(completed);
@@ -72,6 +92,7 @@ pub(super) fn checkpoint(
 /// Has a worker take a checkpoint, and waits for its end.
 fn run_checkpoint(
     driver: &Livepoint,
+    domain: &Managed,
     name: &str,
     job: &Job,
     request: &CheckpointRequest,
@@ -79,6 +100,10 @@ fn run_checkpoint(
     let deadline = Instant::now() + BUSY_TIMEOUT;
     let mut worker = ControlClient::connect(&driver.paths.runtime, name)?;
     loop {
+        // One that an earlier daemon had asked for, and did not come to move.
+        if let Err(error) = outbox::clear(&driver.paths, domain.uuid) {
+            log::warn!("{error}");
+        }
         let done = worker.start_checkpoint(request.clone()).and_then(|id| {
             job.set_worker_job(id.job);
             // An abort that came before there was anything to cancel.

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::{Answer, DriverCall, Livepoint, check_flags, parse_domain};
-use crate::daemon::definitions;
 use crate::daemon::job::JobKind;
 use crate::daemon::livepoint::Start;
 use crate::daemon::managed::{JobGuard, Managed, not_running};
 use crate::daemon::snapshots::Snapshots;
 use crate::daemon::state::{self, Paused, RunState, Running, Shutoff};
 use crate::daemon::worker::{self, Boot};
+use crate::daemon::{definitions, outbox};
 use crate::host::DomainConfig;
 use crate::host::control::protocol::Method;
 use crate::rpc::{Code, DomainRef, Procedure, RpcError, procedure};
@@ -185,6 +185,7 @@ fn undefine_flags(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> A
             state.is_gone = true;
             drop(state);
             driver.registry.remove(domain.uuid);
+            outbox::discard(&driver.paths, domain.uuid);
         }
         Ok(())
     })?;

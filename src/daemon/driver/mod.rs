@@ -19,6 +19,7 @@ mod lifecycle;
 mod lookup;
 mod save;
 mod snapshot;
+mod snapshot_document;
 mod snapshot_info;
 mod stats;
 

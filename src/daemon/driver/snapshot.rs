@@ -1,11 +1,12 @@
 //! Snapshots: taken while the domain runs, gone back to, deleted.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use super::jobs::checkpoint;
 use super::save::config_of;
+use super::snapshot_document::{disks_in_image, disks_listed, external_memory, request};
 use super::{Answer, DriverCall, Livepoint, check_flags, now, parse_domain};
 use crate::daemon::error::failed;
 use crate::daemon::job::JobKind;
@@ -15,9 +16,9 @@ use crate::daemon::snapshots::{Snapshot, SnapshotState};
 use crate::daemon::state::{Running, Shutoff};
 use crate::daemon::worker::{self, Boot};
 use crate::daemon::xml::{self, Element};
-use crate::daemon::{definitions, texts};
+use crate::daemon::{definitions, outbox};
 use crate::host::control::protocol::Method;
-use crate::host::{CheckpointRequest, DomainConfig, Image, Protocol, XmlView};
+use crate::host::{Image, XmlView};
 use crate::rpc::{Code, DomainRef, Procedure, RpcError, SnapshotRef, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
@@ -25,9 +26,6 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(192, Slow, revert),
     procedure!(193, Slow, delete),
 ];
-
-/// The namespace of what a document says of how to take a checkpoint.
-const NAMESPACE: &str = "urn:livepoint:1";
 
 /// Flags of a creation (`virDomainSnapshotCreateFlags`).
 const REDEFINE: u32 = 1;
@@ -113,6 +111,7 @@ fn take(
             state: SnapshotState::from_word(word).unwrap_or(SnapshotState::Shutoff),
             image: None,
             is_external: false,
+            disks: Vec::new(),
             domain_xml: config.to_xml(XmlView::Inactive),
             is_pending: false,
             name: name.clone(),
@@ -120,6 +119,7 @@ fn take(
         (snapshot, config, state.live.is_some())
     };
     let external = external_memory(document, is_live)?;
+    snapshot.disks = disks_in_image(document, &config, is_live)?;
     if is_live {
         let image = match &external {
             Some(file) => file.clone(),
@@ -130,6 +130,8 @@ fn take(
         snapshot.image = Some(image);
         snapshot.is_external = external.is_some();
         snapshot.is_pending = true;
+        // Or one of before would be taken for this one's.
+        outbox::clear(&driver.paths, domain.uuid)?;
         // A daemon that ends now finds this, and whatever became of the image.
         domain.lock().snapshots.put(snapshot.clone())?;
         if let Err(error) = checkpoint(driver, domain, &guard.job, request) {
@@ -149,97 +151,6 @@ fn take(
     }
     Ok(name)
 }
-
-/// Returns the file that the document names for the memory, if it names one.
-fn external_memory(document: &Element, is_live: bool) -> Answer<Option<PathBuf>> {
-    let Some(memory) = document.child("memory") else {
-        return Ok(None);
-    };
-    let config = |why: &str| RpcError::new(Code::ConfigUnsupported, why);
-    match memory.attribute("snapshot") {
-        Some("external") => {
-            let file = memory.attribute("file").unwrap_or_default();
-            if !file.starts_with('/') {
-                return Err(RpcError::new(
-                    Code::XmlError,
-                    format!("memory snapshot file path ({file}) must be absolute"),
-                ));
-            }
-            if !is_live {
-                return Err(config(
-                    "memory state cannot be saved with offline or disk-only snapshot",
-                ));
-            }
-            if std::path::Path::new(file).exists() {
-                return Err(RpcError::new(
-                    Code::OperationFailed,
-                    format!("the memory file {file} exists already"),
-                ));
-            }
-            Ok(Some(PathBuf::from(file)))
-        }
-        Some("no") if is_live => Err(config("a running domain's snapshot has its memory")),
-        _ => Ok(None),
-    }
-}
-
-/// Returns the checkpoint that the document, or the domain's metadata, asks for.
-fn request(document: &Element, config: &DomainConfig) -> Answer<CheckpointRequest> {
-    let is_ours = |element: &&Element| {
-        let prefix = element.name.strip_suffix("checkpoint").unwrap_or("\0");
-        let key = match prefix.strip_suffix(':') {
-            Some(prefix) => format!("xmlns:{prefix}"),
-            None => "xmlns".to_owned(),
-        };
-        element.attribute(&key) == Some(NAMESPACE)
-    };
-    let in_document = document.children.iter().find(is_ours).cloned();
-    let in_metadata = || {
-        let xml = texts::element(config, NAMESPACE).ok()?;
-        xml::read(&xml, "checkpoint").ok()
-    };
-    let mut request = serde_json::json!({ "protocol": Protocol::Auto });
-    if let Some(element) = in_document.or_else(in_metadata)
-        && let Some(members) = request.as_object_mut()
-    {
-        for (key, value) in &element.attributes {
-            if key == "xmlns" || key.starts_with("xmlns:") {
-                continue;
-            }
-            let number = value.parse::<u64>().map(serde_json::Value::from);
-            let value = match value.as_str() {
-                "true" | "yes" => true.into(),
-                "false" | "no" => false.into(),
-                text => number.unwrap_or_else(|_| text.into()),
-            };
-            if !CONTRACT.contains(&key.as_str()) {
-                return Err(RpcError::new(
-                    Code::XmlError,
-                    format!(
-                        "<checkpoint> has no attribute {key}; there are {}",
-                        CONTRACT.join(", ")
-                    ),
-                ));
-            }
-            members.insert(key.clone(), value);
-        }
-    }
-    serde_json::from_value(request)
-        .map_err(|error| RpcError::new(Code::XmlError, format!("<checkpoint>: {error}")))
-}
-
-/// Attributes of `<checkpoint>`: members of the control protocol's method of that name.
-const CONTRACT: [&str; 9] = [
-    "protocol",
-    "codec",
-    "threads",
-    "interval_ms",
-    "max_staging_bytes",
-    "max_downtime_us",
-    "deadline_ms",
-    "max_bandwidth",
-    "durable",
-];
 
 /// Takes in a snapshot that the client describes whole: one of before, or a changed one.
 fn redefine(domain: &Arc<Managed>, document: &Element, xml: &str, flags: u32) -> Answer<String> {
@@ -320,6 +231,7 @@ fn redefine(domain: &Arc<Managed>, document: &Element, xml: &str, flags: u32) ->
         state,
         image,
         is_external,
+        disks: disks_listed(document),
         domain_xml,
         is_pending: false,
         name: name.clone(),
@@ -434,11 +346,16 @@ impl Livepoint {
         if let Err(error) = self.wait_for_worker_job(&name) {
             log::info!("domain {name}: {error}");
         }
-        // Only the commit of a whole image puts a file there.
-        let is_whole = snapshot
-            .image
-            .as_deref()
-            .is_some_and(|image| config_of(image).is_ok_and(|config| config.uuid == domain.uuid));
+        // Only the commit of a whole image puts a file there, or where a worker has to put it.
+        let is_at = |path: &Path| config_of(path).is_ok_and(|config| config.uuid == domain.uuid);
+        let is_whole = snapshot.image.as_deref().is_some_and(|image| {
+            let waits = !is_at(image) && is_at(&outbox::image(&self.paths, domain.uuid));
+            let moved = waits.then(|| outbox::move_to(&self.paths, domain.uuid, image));
+            if let Some(Err(error)) = moved {
+                log::error!("domain {name}: {error}");
+            }
+            is_at(image)
+        });
         let mut state = domain.lock();
         let settled = if is_whole {
             snapshot.is_pending = false;
