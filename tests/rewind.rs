@@ -271,7 +271,7 @@ fn what_cannot_be_put_back_is_refused_and_the_domain_goes_on() {
         .open(&image)
         .unwrap();
     let mut flipped = Vec::new();
-    for offset in (4096..48 << 20).step_by(1 << 20) {
+    for offset in (4096..48 << 20).step_by(PAGE_BYTES) {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset).unwrap();
         file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();

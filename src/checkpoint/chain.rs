@@ -13,7 +13,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::guest::Guest;
-use crate::store::{ImageReader, Storage, StoreError};
+use crate::store::{ImageReader, LeafDigests, Storage, StoreError};
 
 /// Continues one image of a guest with the next. Clones are the same chain.
 ///
@@ -27,6 +27,7 @@ use crate::store::{ImageReader, Storage, StoreError};
 #[derive(Clone, Default)]
 pub struct Chain {
     state: Arc<Mutex<State>>,
+    leaves: Arc<LeafDigests>,
 }
 
 #[derive(Default)]
@@ -91,6 +92,13 @@ impl Chain {
     /// Ends the chain, and the log of the guest's writes: the next image is whole.
     pub fn end(&self) {
         self.lock().tracked = None;
+        self.leaves.clear();
+    }
+
+    /// Returns where the digests of the leaves of the chain's chunks are, so that the guest can be
+    /// put back to an image without reading all of each chunk. Readers of its images use it too.
+    pub fn leaves(&self) -> &Arc<LeafDigests> {
+        &self.leaves
     }
 
     /// Returns the UUID of the image that the next one continues.
@@ -135,6 +143,7 @@ impl Chain {
 
     /// Has the chain go on from a new image of `guest`, whose log has run since its moment.
     pub(crate) fn advance(&self, guest: &Arc<dyn Guest>, parent: Arc<ImageReader>) {
+        self.leaves.forget_others(parent.chunks());
         let mut state = self.lock();
         match &mut state.tracked {
             Some(tracked) => tracked.parent = parent,

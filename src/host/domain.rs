@@ -201,8 +201,12 @@ impl Domain {
         restore: &RestoreOptions,
         options: DomainOptions,
     ) -> Result<Self, HostError> {
-        let image = Image::open(image)?;
+        let mut image = Image::open(image)?;
         image.check_host()?;
+        let chain = Chain::default();
+        if restore.track {
+            image.keep_leaves(chain.leaves());
+        }
         let reader = image.reader();
         let mut config = parse(&reader.manifest().guest.domain_xml)?;
         if let Some(name) = &restore.new_name {
@@ -223,7 +227,7 @@ impl Domain {
             let reader = Arc::new(image.into_reader());
             let machine = lazy::restore(&reader, spec, restore.track)?;
             return Ok(Self::restored(
-                config, options, machine, locks, restore, reader,
+                config, options, machine, locks, restore, reader, chain,
             ));
         }
         let state = reader.sections()?;
@@ -246,7 +250,7 @@ impl Domain {
         let reader = Arc::new(image.into_reader());
         let machine = Arc::new(machine);
         Ok(Self::restored(
-            config, options, machine, locks, restore, reader,
+            config, options, machine, locks, restore, reader, chain,
         ))
     }
 
@@ -257,12 +261,14 @@ impl Domain {
         locks: Locks,
         restore: &RestoreOptions,
         image: Arc<ImageReader>,
+        chain: Chain,
     ) -> Self {
         let mut domain = Self::new(config, options, Some(machine.clone()), Some(locks));
         domain.origin = Some(image.manifest().guest.uuid);
         if restore.track {
             let guest: Arc<dyn Guest> = machine;
-            domain.chain.adopt(&guest, image);
+            chain.adopt(&guest, image);
+            domain.chain = chain;
         }
         domain
     }
@@ -603,7 +609,7 @@ impl Domain {
         let guest: Arc<dyn Guest> = machine.clone();
         self.lock().begin_rewind()?;
         let _ends = RewindEnds(self);
-        let image = rewind::find(to, self.chain.parent_of(&guest))?;
+        let image = rewind::find(to, &self.chain, &guest)?;
         let uuids = [Some(self.uuid()), self.origin];
         let uuids: Vec<Uuid> = uuids.into_iter().flatten().collect();
         rewind::check(&image, &uuids)?;

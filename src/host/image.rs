@@ -9,8 +9,8 @@ use crate::host::{HostError, machine_facts};
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PIECE_PAGES, PageRun};
 use crate::restore::{compat, core};
 use crate::store::{
-    self, Codec, FileStorage, Garbage, ImageReader, ImageSummary, ReadScratch, SectionSummary,
-    Storage, VerifyReport, WriteOptions,
+    self, Codec, FileStorage, Garbage, ImageReader, ImageSummary, LeafDigests, ReadScratch,
+    SectionSummary, Storage, VerifyReport, WriteOptions,
 };
 
 /// Most threads that check an image: beyond it the disk is the limit.
@@ -48,6 +48,11 @@ impl Image {
 
     pub(super) fn reader(&self) -> &ImageReader {
         &self.reader
+    }
+
+    /// Has the digests of the leaves of chunks that are read kept, and used.
+    pub(super) fn keep_leaves(&mut self, leaves: &Arc<LeafDigests>) {
+        self.reader.keep_leaves(leaves.clone());
     }
 
     pub(super) fn into_reader(self) -> ImageReader {

@@ -29,7 +29,7 @@ pub struct RewindSummary {
     pub pages: u64,
     /// Pages of the domain's memory.
     pub memory_pages: u64,
-    /// Chunks of the image that were read for them.
+    /// Chunks of the image that hold them.
     pub chunks: u64,
     /// From the call to the domain's going on, in microseconds.
     pub total_us: u64,
@@ -169,17 +169,24 @@ impl MemoryRewind for Memory<'_> {
     }
 }
 
-/// Opens the image that a domain is put back to: the one at `to`, or the last of its chain.
+/// Opens the image that `guest` is put back to: the one at `to`, or the last of its chain.
 pub(super) fn find(
     to: Option<&Path>,
-    last: Option<Arc<ImageReader>>,
+    chain: &Chain,
+    guest: &Arc<dyn Guest>,
 ) -> Result<Arc<ImageReader>, HostError> {
-    match (to, last) {
+    match (to, chain.parent_of(guest)) {
         (Some(path), _) if !path.is_absolute() => Err(HostError::Invalid(format!(
             "{} is not an absolute path",
             path.display()
         ))),
-        (Some(path), _) => Ok(Arc::new(Image::open(path)?.into_reader())),
+        (Some(path), last) => {
+            let mut image = Image::open(path)?;
+            if last.is_some() {
+                image.keep_leaves(chain.leaves());
+            }
+            Ok(Arc::new(image.into_reader()))
+        }
         (None, Some(last)) => Ok(last),
         (None, None) => Err(HostError::Invalid(
             "the domain has no incremental checkpoint to go back to: say which image".to_owned(),

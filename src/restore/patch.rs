@@ -33,8 +33,9 @@ struct KeptPages {
 }
 
 impl<'a> Patch<'a> {
-    /// Reads and checks every chunk that holds one of the pages `wanted`, which are sorted and do
-    /// not overlap, by up to `threads` threads.
+    /// Reads and checks the pages `wanted`, which are sorted and do not overlap, by up to `threads`
+    /// threads: of each chunk that holds one, the leaves that are needed, where their digests are
+    /// known ([`LeafDigests`](crate::store::LeafDigests)), or else all of it.
     pub fn read(
         image: &'a ImageReader,
         wanted: Vec<PageRun>,
@@ -57,15 +58,14 @@ impl<'a> Patch<'a> {
             threads,
             kept: None,
         };
-        image.for_each_chunk(&patch.chunks, threads, |chunk, raw| {
+        patch.for_each_run(|part, bytes| {
             if keeps {
-                let pages = patch.wanted_in(chunk).map(|part| KeptPages {
+                let pages = KeptPages {
                     run: part.run,
-                    bytes: part.bytes_in(raw).to_vec(),
-                });
-                let pages: Vec<_> = pages.collect();
+                    bytes: bytes.to_vec(),
+                };
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.extend(pages);
+                kept.push(pages);
             }
         })?;
         let kept = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -78,7 +78,7 @@ impl<'a> Patch<'a> {
         self.wanted.iter().map(|run| run.page_count).sum()
     }
 
-    /// Returns how many chunks were read for them.
+    /// Returns how many chunks hold them.
     pub fn chunk_count(&self) -> u64 {
         self.chunks.len() as u64
     }
@@ -92,18 +92,19 @@ impl<'a> Patch<'a> {
             }
         }
         let Some(kept) = &self.kept else {
-            self.image
-                .for_each_chunk(&self.chunks, self.threads, |chunk, raw| {
-                    for part in self.wanted_in(chunk) {
-                        copy_in(regions, part.run, part.bytes_in(raw));
-                    }
-                })?;
+            self.for_each_run(|part, bytes| copy_in(regions, part.run, bytes))?;
             return Ok(());
         };
         for pages in kept {
             copy_in(regions, pages.run, &pages.bytes);
         }
         Ok(())
+    }
+
+    fn for_each_run(&self, work: impl Fn(&ChunkRun, &[u8]) + Sync) -> Result<(), StoreError> {
+        let wanted = |chunk| self.wanted_in(chunk).collect();
+        self.image
+            .for_each_run(&self.chunks, self.threads, wanted, work)
     }
 
     /// Returns the pages of a chunk that are wanted.

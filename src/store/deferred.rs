@@ -47,6 +47,7 @@ impl PendingChunk {
         file: &dyn StorageFile,
         path: &Path,
         bytes: &mut Vec<u8>,
+        digest: impl Fn(ChunkCodec, &[u8]) -> Digest,
     ) -> Result<Chunk, StoreError> {
         let checksum = match self.check {
             Check::Digest(digest) => return Ok(self.with(digest)),
@@ -59,15 +60,16 @@ impl PendingChunk {
             let place = Place::Chunk { chunk: number };
             return Err(Damage::new(place, "reads back other than it was written").of(path));
         }
-        Ok(self.with(Digest::of(bytes)))
+        Ok(self.with(digest(self.codec, bytes)))
     }
 }
 
-/// Returns `pending` with every digest made.
+/// Returns `pending` with every digest made, by `digest` where it was not yet.
 pub(crate) fn digest_all(
     file: &dyn StorageFile,
     path: &Path,
     pending: &[PendingChunk],
+    digest: impl Fn(ChunkCodec, &[u8]) -> Digest + Sync,
 ) -> Result<Vec<Chunk>, StoreError> {
     let next = AtomicUsize::new(0);
     let run = || -> Result<Vec<(usize, Chunk)>, StoreError> {
@@ -78,7 +80,8 @@ pub(crate) fn digest_all(
             let Some(chunk) = pending.get(number) else {
                 return Ok(done);
             };
-            done.push((number, chunk.digested(number, file, path, &mut bytes)?));
+            let chunk = chunk.digested(number, file, path, &mut bytes, &digest)?;
+            done.push((number, chunk));
         }
     };
     let waiting = pending

@@ -20,8 +20,10 @@ mod format;
 mod increment;
 mod index;
 mod layer;
+mod leaves;
 mod manifest;
 mod options;
+mod partial;
 mod probe;
 mod reader;
 mod retention;
@@ -45,6 +47,7 @@ pub use format::{
 };
 pub use increment::{CarryOver, fold};
 pub use index::EPOCH_MAX;
+pub use leaves::LeafDigests;
 pub use manifest::{GuestFacts, LayerRef, Manifest, ManifestFacts, ParentRef};
 pub use options::{RegionLayout, WriteOptions};
 pub use probe::probe_rate;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use uuid::Uuid;
 
@@ -15,6 +16,7 @@ use crate::store::error::{Damage, Place, StoreError};
 use crate::store::format::{Chunk, ChunkCodec, RunSource, narrow};
 use crate::store::index::PageIndex;
 use crate::store::layer::{self, Layer};
+use crate::store::leaves::{LeafDigests, Split};
 use crate::store::manifest::{Extent, Manifest};
 use crate::store::source::LeasedFile;
 
@@ -33,6 +35,8 @@ pub struct ImageReader {
     /// The image's own, then those of its layers.
     chunks: Vec<Chunk>,
     index: PageIndex,
+    /// Where the digests of the leaves of what is read are kept.
+    leaves: Option<Arc<LeafDigests>>,
 }
 
 /// Reusable memory of one thread that reads chunks.
@@ -41,6 +45,13 @@ pub struct ReadScratch {
     stored: Vec<u8>,
     raw: Vec<u8>,
     decompressor: Decompressor,
+}
+
+impl ReadScratch {
+    /// Returns memory for bytes as they are stored.
+    pub(crate) fn stored(&mut self) -> &mut Vec<u8> {
+        &mut self.stored
+    }
 }
 
 impl fmt::Debug for ReadScratch {
@@ -84,7 +95,14 @@ impl ImageReader {
             layers,
             chunks,
             index,
+            leaves: None,
         })
+    }
+
+    /// Has the digests of the leaves of chunks that are read kept in `leaves`, and uses those that
+    /// are there.
+    pub fn keep_leaves(&mut self, leaves: Arc<LeafDigests>) {
+        self.leaves = Some(leaves);
     }
 
     /// Returns the path of the image's file.
@@ -217,7 +235,17 @@ impl ImageReader {
             bytes: u64::from(record.stored_bytes),
             digest: record.digest,
         };
-        file.source().read_into(&extent, place, stored)?;
+        match &self.leaves {
+            Some(leaves) if record.codec == ChunkCodec::None => {
+                let mut split = None;
+                file.source()
+                    .read_checked(&extent, place, stored, |bytes| {
+                        split.insert(Split::of(bytes)).digest
+                    })?;
+                split.into_iter().for_each(|split| leaves.keep(split));
+            }
+            _ => file.source().read_into(&extent, place, stored)?,
+        }
         if record.codec == ChunkCodec::None {
             return Ok(stored);
         }
@@ -291,6 +319,10 @@ impl ImageReader {
 
     pub(crate) fn index(&self) -> &PageIndex {
         &self.index
+    }
+
+    pub(crate) fn leaves(&self) -> Option<&LeafDigests> {
+        self.leaves.as_deref()
     }
 
     pub(crate) fn layers(&self) -> &[Layer] {

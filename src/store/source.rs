@@ -95,11 +95,19 @@ impl Source<'_> {
         place: Place,
         out: &mut Vec<u8>,
     ) -> Result<(), StoreError> {
-        out.resize(narrow(extent.bytes), 0);
-        self.file
-            .read_exact_at(out, extent.offset)
-            .map_err(StoreError::io("read", self.path))?;
-        let found = Digest::of(out);
+        self.read_checked(extent, place, out, Digest::of)
+    }
+
+    /// Like [`Source::read_into`], with the caller's way to make the digest.
+    pub(crate) fn read_checked(
+        self,
+        extent: &Extent,
+        place: Place,
+        out: &mut Vec<u8>,
+        digest: impl FnOnce(&[u8]) -> Digest,
+    ) -> Result<(), StoreError> {
+        self.read_raw(extent.offset, narrow(extent.bytes), out)?;
+        let found = digest(out);
         if found == extent.digest {
             return Ok(());
         }
@@ -108,6 +116,19 @@ impl Source<'_> {
             extent.digest
         );
         Err(Damage::new(place, reason).of(self.path))
+    }
+
+    /// Reads bytes that the caller checks.
+    pub(crate) fn read_raw(
+        self,
+        offset: u64,
+        bytes: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), StoreError> {
+        out.resize(bytes, 0);
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(StoreError::io("read", self.path))
     }
 
     fn read_manifest(self, header: &Header) -> Result<Manifest, StoreError> {

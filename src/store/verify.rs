@@ -175,6 +175,19 @@ impl ImageReader {
         threads: usize,
         work: impl Fn(usize, &[u8]) + Sync,
     ) -> Result<(), StoreError> {
+        self.in_parallel(chunks, threads, |chunk, scratch| {
+            work(chunk, self.read_chunk(chunk, scratch)?);
+            Ok(())
+        })
+    }
+
+    /// Has up to `threads` threads do `work` for each of `chunks`. Ends early on the first error.
+    pub(crate) fn in_parallel(
+        &self,
+        chunks: &[usize],
+        threads: usize,
+        work: impl Fn(usize, &mut ReadScratch) -> Result<(), StoreError> + Sync,
+    ) -> Result<(), StoreError> {
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
         let run = || -> Result<(), StoreError> {
@@ -183,12 +196,9 @@ impl ImageReader {
                 let Some(&chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) else {
                     break;
                 };
-                match self.read_chunk(chunk, &mut scratch) {
-                    Ok(raw) => work(chunk, raw),
-                    Err(error) => {
-                        stop.store(true, Ordering::Relaxed);
-                        return Err(error);
-                    }
+                if let Err(error) = work(chunk, &mut scratch) {
+                    stop.store(true, Ordering::Relaxed);
+                    return Err(error);
                 }
             }
             Ok(())

@@ -22,6 +22,7 @@ use crate::store::format::{
 };
 use crate::store::increment;
 use crate::store::index::{EPOCH_MAX, PageTable};
+use crate::store::leaves::{LeafDigests, Split};
 use crate::store::manifest::{Extent, GuestFacts, Manifest, ManifestFacts, SectionEntry};
 use crate::store::options::{RegionLayout, WriteOptions, check_writable};
 use crate::store::reader::ImageReader;
@@ -77,6 +78,8 @@ pub struct ImageWriter {
     disk_frames: Vec<PageRun>,
     image_uuid: Uuid,
     pub(crate) pages: PageTable,
+    /// Where the digests of its chunks' leaves are kept.
+    leaves: Option<Arc<LeafDigests>>,
     /// What the image continues, leased until it is committed.
     pub(crate) parent: Option<Arc<ImageReader>>,
     /// Whether nothing of the parent is left to be named.
@@ -140,6 +143,7 @@ impl ImageWriter {
             disk_frames,
             image_uuid: Uuid::new_v4(),
             pages: PageTable::new(&all),
+            leaves: None,
             parent: None,
             is_whole: false,
             chunks: Mutex::new(Vec::new()),
@@ -149,6 +153,13 @@ impl ImageWriter {
             failed: AtomicBool::new(false),
             committed: false,
         })
+    }
+
+    /// Has the digests of the chunks' leaves kept in `leaves`, for who reads a few pages of one later.
+    ///
+    /// Called before anything is written.
+    pub fn keep_leaves(&mut self, leaves: Arc<LeafDigests>) {
+        self.leaves = Some(leaves);
     }
 
     /// Writes pages: those of zeros cost an index entry, the others become one chunk.
@@ -339,7 +350,7 @@ impl ImageWriter {
         let check = if self.options.guest_waits {
             Check::Checksum(crc32c::crc32c(stored))
         } else {
-            Check::Digest(Digest::of(stored))
+            Check::Digest(self.digest(codec, stored))
         };
         let (number, offset, end) = {
             let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -368,6 +379,19 @@ impl ImageWriter {
             self.file.start_writeback(offset, wide(stored.len())).ok();
         }
         Ok(u32::try_from(number).expect("chunks are counted in 24 bits"))
+    }
+
+    /// Digests a chunk as it is stored.
+    fn digest(&self, codec: ChunkCodec, stored: &[u8]) -> Digest {
+        match &self.leaves {
+            Some(leaves) if codec == ChunkCodec::None => {
+                let split = Split::of(stored);
+                let digest = split.digest;
+                leaves.keep(split);
+                digest
+            }
+            _ => Digest::of(stored),
+        }
     }
 
     /// Reserves room on disk up to `end` and some more, ahead of the writes: it makes them a third
@@ -418,7 +442,10 @@ impl ImageWriter {
         }
         let chunk_table = {
             let chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
-            let chunks = deferred::digest_all(self.file.as_ref(), &self.part, &chunks)?;
+            let chunks =
+                deferred::digest_all(self.file.as_ref(), &self.part, &chunks, |codec, stored| {
+                    self.digest(codec, stored)
+                })?;
             let records: Vec<_> = chunks.iter().map(Chunk::encode).collect();
             self.write_extent(records.as_bytes())?
         };

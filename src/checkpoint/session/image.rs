@@ -54,6 +54,7 @@ impl Session {
             read_only_disks: named,
         };
         let parent = self.parent.clone();
+        let leaves = self.options.chain.as_ref().map(|it| it.leaves().clone());
         self.offload("lvp-create", move || {
             let began = Instant::now();
             let begun = loop {
@@ -67,9 +68,12 @@ impl Session {
                     begun => break begun,
                 }
             };
-            let begun = begun.and_then(|mut image| match parent {
-                Some(parent) => image.inherit(parent).map(|()| image),
-                None => Ok(image),
+            let begun = begun.and_then(|mut image| {
+                leaves.into_iter().for_each(|it| image.keep_leaves(it));
+                match parent {
+                    Some(parent) => image.inherit(parent).map(|()| image),
+                    None => Ok(image),
+                }
             });
             begun.map_err(CheckpointError::store("begin"))
         })
@@ -113,7 +117,7 @@ impl Session {
             created: moment,
         };
         let began = Instant::now();
-        let continues = self.chain_goes_on();
+        let chain = self.options.chain.clone();
         let keep = self.options.keep;
         let (committed, next, retention) = self.offload("lvp-commit", move || {
             for section in sections {
@@ -124,9 +128,7 @@ impl Session {
             let committed = image
                 .commit(facts)
                 .map_err(CheckpointError::store("commit"))?;
-            let next = continues
-                .then(|| read_back(storage.as_ref(), &committed))
-                .flatten();
+            let next = chain.and_then(|chain| read_back(storage.as_ref(), &committed, &chain));
             let retention = keep.and_then(|keep| retain(storage.as_ref(), &committed, keep));
             Ok((committed, next, retention))
         })?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Session;
-use crate::checkpoint::chain::IncrementStatistics;
+use crate::checkpoint::chain::{Chain, IncrementStatistics};
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::tracker::{Logging, Tracker};
 use crate::store::{CarryOver, CommittedImage, ImageReader, ImageWriter, Storage};
@@ -130,8 +130,13 @@ impl Session {
 pub(super) fn read_back(
     storage: &dyn Storage,
     committed: &CommittedImage,
+    chain: &Chain,
 ) -> Option<Arc<ImageReader>> {
     let opened = ImageReader::open(storage, &committed.path);
+    let opened = opened.map(|mut reader| {
+        reader.keep_leaves(chain.leaves().clone());
+        reader
+    });
     let reader = opened.inspect_err(|error| {
         log::warn!("the next image will be whole, since this one cannot be read: {error}");
     });
