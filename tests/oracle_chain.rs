@@ -130,6 +130,9 @@ fn every_increment_of_a_chain_is_exactly_the_memory_of_its_pause() {
             let report = shadows.check(&machine, &chain, &workspace, protocol, dir.path());
             let increment = report.statistics.increment.as_ref().unwrap();
             assert_eq!(increment.parent.is_some(), number > 0, "{increment:?}");
+            let image = ImageReader::open(&FileStorage, &report.image.path).unwrap();
+            let written = image.manifest().working_set.len();
+            assert!(number == 0 || written > 0, "{protocol}: no working set");
             images.push(report.image.path.clone());
             compared += 1;
         }

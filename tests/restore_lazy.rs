@@ -23,6 +23,7 @@ use livepoint::store::{
     ChunkPages, ChunkScratch, FileStorage, ImageReader, ImageWriter, RegionLayout, WriteOptions,
 };
 use livepoint::sys::anon::map_anonymous;
+use livepoint::sys::pagemap::PagemapReader;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -40,7 +41,7 @@ fn regions() -> Vec<MemoryRegion> {
     }]
 }
 
-fn write_pages(writer: &ImageWriter, pages: &[u64], seed: u64) {
+fn write_pages(writer: &ImageWriter, pages: &[u64], seed: u64, epoch: u32) {
     let mut scratch = ChunkScratch::default();
     for part in pages.chunks(512) {
         let frames: Vec<_> = part.iter().map(|&page| Gfn(page)).collect();
@@ -52,7 +53,7 @@ fn write_pages(writer: &ImageWriter, pages: &[u64], seed: u64) {
             })
             .collect();
         let pages = ChunkPages {
-            epoch: 0,
+            epoch,
             frames: &frames,
             data: &data,
         };
@@ -76,7 +77,7 @@ fn write_chain(dir: &Path) -> Arc<ImageReader> {
     let writer = begin();
     let with_data = |page: &u64| page / 512 != 1 && (page / 512 != 2 || page.is_multiple_of(2));
     let (data, zeros): (Vec<u64>, Vec<u64>) = (0..PAGES).partition(with_data);
-    write_pages(&writer, &data, 100);
+    write_pages(&writer, &data, 100, 0);
     for page in zeros {
         let run = livepoint::page::PageRun {
             start: Gfn(page),
@@ -91,7 +92,7 @@ fn write_chain(dir: &Path) -> Arc<ImageReader> {
     let scattered: Vec<_> = (0..PAGES)
         .filter(|page| page % 37 == 5 && page / 512 != 1)
         .collect();
-    write_pages(&writer, &scattered, 9_000_000);
+    write_pages(&writer, &scattered, 9_000_000, 0);
     let tip = writer.commit(common::facts()).unwrap();
     Arc::new(ImageReader::open(&FileStorage, &tip.path).unwrap())
 }
@@ -128,6 +129,62 @@ fn memory_that_comes_as_it_is_touched_is_that_of_an_eager_restore() {
         assert_eq!(progress.pieces, PIECES as u64 - 1, "one piece has no data");
         assert_eq!(progress.filled_pieces, progress.pieces);
         assert_same_memory(&memory, &eager_memory);
+    }
+}
+
+/// Returns the pieces of which something is there.
+fn pieces_there(memory: &[MemoryRegion]) -> Vec<usize> {
+    let pages = usize::try_from(PAGES).unwrap();
+    let mut missing = vec![0; pages.div_ceil(64)];
+    let page_map = PagemapReader::open().unwrap();
+    let hva = memory[0].mapping.hva();
+    page_map.untouched(hva, pages, &mut missing).unwrap();
+    let there = |page: &usize| missing[page / 64] & 1 << (page % 64) == 0;
+    let mut pieces: Vec<_> = (0..pages).filter(there).map(|page| page / 512).collect();
+    pieces.dedup();
+    pieces
+}
+
+#[test]
+fn what_the_guest_wrote_last_comes_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = [RegionLayout {
+        slot: 0,
+        start: Gfn(0),
+        page_count: PAGES,
+    }];
+    let options = WriteOptions {
+        durable: false,
+        ..WriteOptions::default()
+    };
+    let path = dir.path().join("image.lpi");
+    let writer = ImageWriter::create(Arc::new(FileStorage), &path, &layout, &options).unwrap();
+    // Each piece is a chunk, in this order; two were written again later.
+    let epochs = [0, 5, 0, 2, 0, 0];
+    for (piece, epoch) in (0_u64..).zip(epochs) {
+        let pages: Vec<_> = (piece * 512..PAGES.min((piece + 1) * 512)).collect();
+        write_pages(&writer, &pages, piece, epoch);
+    }
+    writer.commit(common::facts()).unwrap();
+    let order = [1, 3, 0, 2, 4, 5];
+    for count in 1..order.len() {
+        let gate = Arc::new(Gate::default());
+        let image = ImageReader::open(&GatedStorage(gate.clone()), &path).unwrap();
+        gate.close_after((count * PIECE_BYTES) as u64);
+        let memory = regions();
+        let fill = LazyFill::start(Arc::new(image), &memory).unwrap();
+        let began = Instant::now();
+        while fill.progress().filled_pieces < count as u64 {
+            assert!(began.elapsed() < PATIENCE, "{:?}", fill.progress());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut expected = order[..count].to_vec();
+        expected.sort_unstable();
+        assert_eq!(pieces_there(&memory), expected);
+        assert_eq!(fill.progress().working_set_pieces, 2);
+        gate.open();
+        wait_for(&fill);
+        assert!(fill.is_complete());
     }
 }
 

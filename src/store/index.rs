@@ -1,6 +1,6 @@
 //! Which copy of a page is the newest, and where its bytes are.
 
-use crate::page::{Gfn, PageRun};
+use crate::page::{Gfn, PIECE_PAGES, PageRun};
 use crate::store::error::{Damage, Place, StoreError};
 use crate::store::format::{Chunk, IndexRun, PAGES_MAX, RunSource, narrow, wide};
 use crate::store::options::RegionLayout;
@@ -134,6 +134,26 @@ impl PageTable {
         Ok(())
     }
 
+    /// Returns the pieces of the first `regions` regions, each with the last epoch in which a page of
+    /// it with data was captured; `None` where there is no such page.
+    pub(crate) fn pieces(
+        &self,
+        regions: usize,
+    ) -> impl Iterator<Item = (PageRun, Option<u32>)> + '_ {
+        self.regions.iter().take(regions).flat_map(|region| {
+            let starts = (region.run.start.0..).step_by(narrow(PIECE_PAGES));
+            let pieces = starts.zip(region.slots.chunks(narrow(PIECE_PAGES)));
+            pieces.map(|(start, slots)| {
+                let run = PageRun {
+                    start: Gfn(start),
+                    page_count: wide(slots.len()),
+                };
+                let slots = slots.iter().map(|slot| slot.load(Ordering::Relaxed));
+                (run, slots.filter_map(epoch_of_data).max())
+            })
+        })
+    }
+
     /// Returns the runs of the newest copies. A page that never came is where `inherited` has it;
     /// without that it is an error.
     pub(crate) fn runs(
@@ -251,6 +271,13 @@ fn encode(age: u64, source: RunSource) -> u64 {
         }
     };
     age << LOCATION_BITS | location
+}
+
+/// Returns the epoch of a copy that has data and was captured for this image.
+fn epoch_of_data(slot: u64) -> Option<u32> {
+    let has_data = slot & ZERO_LOCATION != ZERO_LOCATION;
+    let age = (slot >> LOCATION_BITS).checked_sub(EPOCH_0)?;
+    has_data.then(|| u32::try_from(age).expect("epochs have 31 bits"))
 }
 
 fn decode(slot: u64) -> Option<RunSource> {

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::page::PageRun;
 use crate::state::HostFacts;
 use crate::store::disks::{DiskLayout, ReadOnlyDisk};
 use crate::store::format::{Digest, FormatVersion};
@@ -79,6 +80,9 @@ pub struct Manifest {
     /// chunks are numbered after this image's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayerRef>,
+    /// The memory that the guest wrote last, the latest first: what a lazy restore brings first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub working_set: Vec<PageRun>,
     /// Figures of the checkpoint, for people.
     pub statistics: serde_json::Value,
 }

@@ -31,6 +31,7 @@ mod source;
 mod space;
 mod tripwires;
 mod verify;
+mod working_set;
 mod writer;
 mod zero;
 

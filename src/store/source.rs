@@ -17,6 +17,7 @@ use crate::store::format::{
 use crate::store::index::PageIndex;
 use crate::store::manifest::{Extent, Manifest, is_plain_name};
 use crate::store::options::check_regions;
+use crate::store::working_set;
 
 /// Records of a table that are read at once.
 const BLOCK_RECORDS: usize = 8192;
@@ -257,6 +258,7 @@ fn check_manifest(manifest: &Manifest, header: &Header) -> Result<(), Damage> {
     }
     check_names(manifest, header)?;
     check_regions(&manifest.regions).map_err(|what| damaged(format!("describes {what}")))?;
+    working_set::check(&manifest.working_set, &manifest.regions)?;
     if manifest.sections.len() > SECTION_COUNT_MAX {
         return Err(damaged(format!(
             "lists {} sections",

@@ -65,6 +65,8 @@ pub struct ImageSummary {
     pub parent: Option<ImageName>,
     /// The images that hold a part of this one's memory, the newest first.
     pub layers: Vec<ImageName>,
+    /// Pages of memory that the guest had written last, as the image records them.
+    pub working_set_pages: u64,
     /// Length of the image.
     pub image_bytes: u64,
     /// Chunks by how they are stored.
@@ -277,6 +279,7 @@ impl ImageReader {
             inherited_pages: data_pages - own_memory_pages,
             parent: manifest.parent.as_ref().map(ImageName::from),
             layers: manifest.layers.iter().map(ImageName::from).collect(),
+            working_set_pages: manifest.working_set.iter().map(|it| it.page_count).sum(),
             image_bytes: self.image_bytes(),
             chunks,
             stored_bytes,

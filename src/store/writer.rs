@@ -27,6 +27,7 @@ use crate::store::manifest::{Extent, GuestFacts, Manifest, ManifestFacts, Sectio
 use crate::store::options::{RegionLayout, WriteOptions, check_writable};
 use crate::store::reader::ImageReader;
 use crate::store::space;
+use crate::store::working_set;
 use crate::store::zero::is_zero;
 
 /// Room that is reserved on disk at once, ahead of the writes.
@@ -479,6 +480,7 @@ impl ImageWriter {
                 .filter(|_| !self.is_whole)
                 .map(increment::parent_ref),
             layers,
+            working_set: self.working_set(),
             statistics: facts.statistics,
         };
         let json = serde_json::to_vec(&manifest).map_err(|error| StoreError::Unwritable {
@@ -505,6 +507,16 @@ impl ImageWriter {
             manifest_bytes: extent.bytes,
             root: extent.digest,
         })
+    }
+
+    /// Returns the memory that the guest wrote last: all that an increment captured, and of a whole
+    /// image what was captured again, or for somebody who waited to write it.
+    fn working_set(&self) -> Vec<PageRun> {
+        if let Some(folded) = self.parent.as_ref().filter(|_| self.is_whole) {
+            return folded.manifest().working_set.clone();
+        }
+        let since = u32::from(self.parent.is_none());
+        working_set::newest_first(self.pages.pieces(self.regions.len()), since)
     }
 
     fn write_sections(&self) -> Result<Vec<SectionEntry>, StoreError> {

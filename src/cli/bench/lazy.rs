@@ -17,6 +17,12 @@ use crate::host::Protocol;
 const SETTLE: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// What makes the images: it records the working set.
+const PROTOCOL: Protocol = Protocol::Threaded;
+
+/// Runs of the computation from its first iteration on.
+const REPEAT: u32 = 2;
+
 /// The page writer prints so often, in milliseconds: its first output is so much late at most.
 const TICK_MS: u32 = 1;
 
@@ -61,7 +67,7 @@ fn first_output(setup: &Setup, memory_bytes: u64) -> anyhow::Result<FirstOutput>
     let guest = GuestSpec::pagewriter(memory_bytes, Backing::Thp, cmdline);
     let mut vm = setup.start_pagewriter(Contender::Nothing, &guest, SETTLE)?;
     let request = setup.shm().request();
-    let contender = Contender::Ours(Protocol::Stop, Staging::Ample);
+    let contender = Contender::Ours(PROTOCOL, Staging::Ample);
     vm.checkpoint(contender, memory_bytes, &request)?;
     drop(vm);
     let (mut lazy, mut eager, mut shares) = (Vec::new(), Vec::new(), Vec::new());
@@ -116,17 +122,17 @@ fn computation(setup: &Setup) -> anyhow::Result<Computation> {
     let (kernel, class) = ("mg".to_owned(), args.class.clone());
     let guest = GuestSpec {
         kernel: "npb",
-        cmdline: format!("kernel={kernel} class={class} repeat=4"),
+        cmdline: format!("kernel={kernel} class={class} repeat={REPEAT}"),
         memory_bytes: args.memory,
         backing: Backing::Thp,
         preallocate: false,
     };
     let mut vm = setup.start(Contender::Nothing, &guest)?;
-    vm.wait_line("that it is ready", PATIENCE, |line| {
-        line.contains(" ready ")
+    vm.wait_line("its first iteration", PATIENCE, |line| {
+        line.contains(" iteration 1/")
     })?;
     let request = setup.shm().request();
-    let contender = Contender::Ours(Protocol::Stop, Staging::Ample);
+    let contender = Contender::Ours(PROTOCOL, Staging::Ample);
     vm.checkpoint(contender, args.memory, &request)?;
     drop(vm);
     let (mut lazy, mut eager) = (Vec::new(), Vec::new());
@@ -192,8 +198,8 @@ impl Lazy {
             "% huge, lazy",
         ];
         format!(
-            "### Lazy restore\n\nHalf of memory is incompressible, the rest untouched; image in \
-             shm.\n\n{}",
+            "### Lazy restore\n\nHalf of memory is incompressible, the rest untouched; the computation \
+             is saved after its first iteration; image of {PROTOCOL} in shm.\n\n{}",
             table(&header, &rows)
         )
     }

@@ -2,7 +2,7 @@
 //!
 //! A userfaultfd holds whoever touches memory that is not there. Memory comes in pieces of 2 MiB:
 //! first those that somebody waits for (`lvp-lazy-N`), and in between all others, in order
-//! (`lvp-fill`). A piece is put together beside the guest from chunks whose digests hold, and then
+//! (`lvp-fill`), beginning with what the guest wrote last, as the image records it. A piece is put together beside the guest from chunks whose digests hold, and then
 //! moved into it at once (by `UFFDIO_MOVE`, which keeps huge pages; by `UFFDIO_COPY` before Linux
 //! 6.8). Pieces without data are left alone: they are zeros when they are touched.
 //!
@@ -60,6 +60,8 @@ pub struct FillProgress {
     pub filled_pieces: u64,
     /// Those that somebody waited for.
     pub faulted_pieces: u64,
+    /// Those of the working set that the image records, which come before all others.
+    pub working_set_pieces: u64,
 }
 
 struct Shared {
@@ -67,6 +69,8 @@ struct Shared {
     regions: Vec<MemoryRegion>,
     missing: MissingPages,
     pieces: Pieces,
+    /// The pieces that are brought first.
+    working_set: Vec<usize>,
     faulted: AtomicU64,
     stop: AtomicBool,
     /// No turns are given to anybody else: somebody waits for all of it.
@@ -127,6 +131,7 @@ impl LazyFill {
             .map_err(|error| failed("an eventfd cannot be made")(error.into()))?;
         let shared = Arc::new(Shared {
             chunks: source::SharedChunks::new(),
+            working_set: pieces.of(&reader.manifest().working_set),
             reader: Mutex::new(Some(reader)),
             regions: regions.to_vec(),
             missing,
@@ -251,6 +256,7 @@ impl Shared {
             pieces: self.pieces.with_data(),
             filled_pieces: self.pieces.with_data() - self.pieces.left(),
             faulted_pieces: self.faulted.load(Ordering::Relaxed),
+            working_set_pieces: self.working_set.len() as u64,
         }
     }
 
@@ -301,14 +307,15 @@ impl Shared {
         }
     }
 
-    /// Fills piece after piece, until all are there.
+    /// Fills the working set and then piece after piece, until all are there.
     fn fill_in_order(&self) {
         if let Err(error) = rustix::process::nice(FILL_NICENESS) {
             log::debug!("memory is filled at the guest's own priority: {error}");
         }
         let mut polite = true;
         let mut builder = None;
-        for piece in 0..self.pieces.count() {
+        let working_set = self.working_set.iter().copied();
+        for piece in working_set.chain(0..self.pieces.count()) {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }

@@ -124,6 +124,18 @@ impl Pieces {
         ranges
     }
 
+    /// Returns the pieces with data that hold one of `pages`, in that order.
+    pub(super) fn of(&self, pages: &[PageRun]) -> Vec<usize> {
+        let with_data = |piece: &usize| self.states[*piece].load(Ordering::Relaxed) != EMPTY;
+        let of_run = |run: &PageRun| {
+            // Regions, and so pieces, are in the order of their frames.
+            let first = self.places.partition_point(|it| it.run.end() <= run.start);
+            let end = self.places.partition_point(|it| it.run.start < run.end());
+            first..end
+        };
+        pages.iter().flat_map(of_run).filter(with_data).collect()
+    }
+
     pub(super) fn is_todo(&self, piece: usize) -> bool {
         self.states[piece].load(Ordering::Relaxed) == TODO
     }

@@ -20,8 +20,11 @@ use crate::sync::OnceLock;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::channel::{Receiver, Sender, bounded};
 
-/// The epoch of all copies: each page has one.
+/// The epoch of copies: each page has one.
 const EPOCH: u32 = 0;
+
+/// The epoch of copies that somebody waited for: by it the image knows what the guest writes.
+const WAITED_FOR: u32 = 1;
 
 /// What a capture is made from.
 pub(super) struct Parts {
@@ -311,7 +314,7 @@ impl CopyOnWrite {
         let queue = &self.parts.queue;
         let (mut buffer, waited) = match wanted {
             For::Sweep => (queue.buffer(EPOCH)?, false),
-            For::Writer => queue.urgent_buffer(EPOCH)?,
+            For::Writer => queue.urgent_buffer(WAITED_FOR)?,
         };
         self.copy(piece, &mut buffer);
         if self.finish(piece)? {
