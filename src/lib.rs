@@ -21,6 +21,7 @@ pub mod host;
 pub mod kvmstate;
 pub mod machine;
 pub mod page;
+pub mod qcow2;
 pub mod restore;
 #[cfg(feature = "cli")]
 pub mod rpc;

@@ -42,6 +42,16 @@ fn the_library_has_its_name_and_stays_loaded() {
 }
 
 #[test]
+fn what_only_the_command_needs_is_not_in_the_library() {
+    let symbols = text_of(Command::new("nm").arg("--demangle").arg(library()));
+    assert!(symbols.contains("livepoint::checkpoint::"), "not stripped");
+    for of_the_command in ["imago::", "clap_builder::"] {
+        let found = symbols.lines().find(|line| line.contains(of_the_command));
+        assert_eq!(found, None);
+    }
+}
+
+#[test]
 fn exactly_the_committed_functions_are_exported_each_with_its_version() {
     let exported = exports();
     let unversioned: Vec<_> = exported

@@ -518,6 +518,48 @@ fn a_disk_tells_its_size_and_what_was_asked_of_it() {
 }
 
 #[test]
+fn a_qcow2_disk_is_as_large_as_its_guest_sees_it_and_takes_what_is_in_it() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let disk = daemon.path("disk.qcow2");
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&disk)
+        .arg("1G")
+        .status();
+    assert!(
+        made.expect("qemu-img, of the Debian package qemu-utils")
+            .success()
+    );
+    let device = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+         <source file='{}'/><target dev='vda' bus='virtio'/></disk><console type='pty'/>",
+        disk.display()
+    );
+    let file = daemon.domain("q", "echo", 64, &device);
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    for run in ["", "start"] {
+        if !run.is_empty() {
+            daemon.ok(&[run, "q"]);
+        }
+        let info = daemon.ok(&["domblkinfo", "q", "vda"]);
+        let figure = |name: &str| -> u64 {
+            let line = info.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().last().unwrap().parse().unwrap()
+        };
+        assert_eq!(figure("Capacity:"), 1 << 30, "{info}");
+        assert!(figure("Allocation:") < 1 << 20, "{info}");
+        assert_eq!(figure("Physical:"), fs::metadata(&disk).unwrap().len());
+    }
+    let all = daemon.ok(&["domstats", "q", "--block"]);
+    assert!(all.contains("block.0.capacity=1073741824"), "{all}");
+    let xml = daemon.ok(&["dumpxml", "q"]);
+    assert!(xml.contains("type='qcow2'"), "{xml}");
+}
+
+#[test]
 fn an_interface_is_listed_with_its_tap_and_tells_what_passed_it() {
     if !have_kvm() {
         return;

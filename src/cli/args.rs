@@ -188,8 +188,8 @@ pub(super) struct RestoreArgs {
     /// Return once the domain runs, and leave it running in the background.
     #[arg(long)]
     pub detach: bool,
-    /// Write the image's disks to new files NAME.raw in this directory, which the domain then uses
-    /// [default: to where they were: what was written since is lost].
+    /// Write the image's disks to new files in this directory, NAME.raw or NAME.qcow2 as they were,
+    /// which the domain then uses [default: to where they were: what was written since is lost].
     #[arg(long, value_name = "DIR")]
     pub disks: Option<PathBuf>,
     /// Give the domain a new UUID and another name, so that several can run from one image.

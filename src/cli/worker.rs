@@ -148,6 +148,10 @@ fn domain_options(context: &Context, args: &WorkerArgs) -> anyhow::Result<(Domai
             elf: guest.elf,
         })
         .collect();
+    #[cfg(feature = "qcow2")]
+    {
+        options.qcow2 = Some(&crate::qcow2::Qcow2Format);
+    }
     Ok((options, kept))
 }
 

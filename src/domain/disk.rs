@@ -114,7 +114,35 @@ pub enum DiskSourceKind {
     Block,
 }
 
-/// A disk: a raw file or block device of the host, as a virtio device.
+/// How a disk is kept in its file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// Byte by byte.
+    #[default]
+    Raw,
+    /// A qcow2 image: its room grows as the guest writes.
+    Qcow2,
+}
+
+impl DiskFormat {
+    /// Every format.
+    pub const ALL: [DiskFormat; 2] = [DiskFormat::Raw, DiskFormat::Qcow2];
+
+    /// Returns the word that documents use.
+    pub fn name(self) -> &'static str {
+        match self {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        }
+    }
+
+    pub(super) fn from_name(name: &str) -> Option<DiskFormat> {
+        let mut all = DiskFormat::ALL.into_iter();
+        all.find(|format| format.name() == name)
+    }
+}
+
+/// A disk: a file or block device of the host, as a virtio device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
     /// Its name.
@@ -123,6 +151,8 @@ pub struct Disk {
     pub source_kind: DiskSourceKind,
     /// Where that is.
     pub source: HostPath,
+    /// How the disk is kept there; a block device is always raw.
+    pub format: DiskFormat,
     /// Whether the guest may only read it.
     pub read_only: bool,
     /// Its serial number.
@@ -135,12 +165,13 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Makes a writable disk of a regular file.
+    /// Makes a writable disk of a raw regular file.
     pub fn new(target: DiskTarget, source: HostPath) -> Self {
         Disk {
             target,
             source_kind: DiskSourceKind::File,
             source,
+            format: DiskFormat::Raw,
             read_only: false,
             serial: None,
             cache: None,

@@ -64,7 +64,7 @@ fn disk(disk: &Disk) -> Element {
         .with("device", "disk");
     let mut driver = Element::new("driver")
         .with("name", "qemu")
-        .with("type", "raw");
+        .with("type", disk.format.name());
     if let Some(cache) = disk.cache {
         driver = driver.with("cache", cache.name());
     }

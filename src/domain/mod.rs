@@ -52,7 +52,8 @@ pub use device::{
     ALIAS_BYTES_MAX, Devices, SERIAL_PORTS_MAX, SerialBackend, SerialPort, SerialPorts, UserAlias,
 };
 pub use disk::{
-    Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget, SERIAL_BYTES_MAX, TARGET_BYTES_MAX,
+    Disk, DiskCache, DiskFormat, DiskSerial, DiskSourceKind, DiskTarget, SERIAL_BYTES_MAX,
+    TARGET_BYTES_MAX,
 };
 pub use document::{
     ATTRIBUTES_MAX, DEPTH_MAX, DOCUMENT_BYTES_MAX, ELEMENTS_MAX, NAMESPACES_MAX, TEXT_BYTES_MAX,

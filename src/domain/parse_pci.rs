@@ -2,7 +2,7 @@
 
 use super::balloon::Balloon;
 use super::device::SerialPorts;
-use super::disk::{Disk, DiskCache, DiskSerial, DiskSourceKind, DiskTarget};
+use super::disk::{Disk, DiskCache, DiskFormat, DiskSerial, DiskSourceKind, DiskTarget};
 use super::document::Element;
 use super::error::{DomainError, ValueError};
 use super::interface::{HostInterface, Interface, InterfaceSource, MacAddress};
@@ -105,11 +105,18 @@ fn disk(element: &Element) -> Result<Disk, DomainError> {
     let (source_kind, source) = disk_source(element)?;
     let driver = element.child("driver");
     let attribute = |what| driver.and_then(|driver| driver.attribute(what));
+    let format = attribute("type").and_then(DiskFormat::from_name);
+    let format = format.unwrap_or_default();
+    if source_kind == DiskSourceKind::Block && format != DiskFormat::Raw {
+        let reason = format!("a block device is raw, and not {}", format.name());
+        return Err(element.conflict(reason));
+    }
     let serial = element.child("serial").filter(|it| !it.text.is_empty());
     let serial = serial
         .map(|element| DiskSerial::new(&element.text).map_err(|error| element.refuse(TEXT, error)));
     Ok(Disk {
         source_kind,
+        format,
         read_only: element.child("readonly").is_some(),
         serial: serial.transpose()?,
         // `default` is what it is without.

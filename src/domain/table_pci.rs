@@ -55,9 +55,10 @@ pub(super) const PCI: &[Rule] = &[
     .dropped(),
     Rule::honoured(
         "domain/devices/disk/driver@type",
-        "other formats are not supported yet; `qemu-img convert -O raw` makes a raw file",
+        "`raw` where there is none; qcow2 in a file only. `qemu-img convert -O qcow2` makes an \
+         image of any other format",
     )
-    .only(&["raw"]),
+    .only(&["raw", "qcow2"]),
     Rule::honoured(
         "domain/devices/disk/driver@cache",
         "`writeback` where there is none. The guest's flushes are honoured in all but `unsafe`",
@@ -115,7 +116,7 @@ pub(super) const PCI: &[Rule] = &[
     Rule::refused("domain/devices/disk/source/seclabel", "not supported"),
     Rule::accepted(
         "domain/devices/disk/backingStore",
-        "a raw disk has none; not kept",
+        "a raw disk has none, and a qcow2 image says itself what it is based on; not kept",
     )
     .dropped(),
     Rule::honoured("domain/devices/disk/target", "").needs(&["dev"]),

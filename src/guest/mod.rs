@@ -6,6 +6,7 @@
 mod disk;
 mod gate;
 mod host_writes;
+mod image;
 
 use std::io;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::sys::mapping::GuestMapping;
 pub use disk::{DiskFacts, GuestDisk, WriteObserver};
 pub use gate::{GateTimeout, VcpuGate};
 pub use host_writes::{Discard, DiscardObserver, HostWriteSource, HostWrites};
+pub use image::{DiskImage, ImageError, ImageFormat};
 
 /// What backs a region's memory on the host; decides which tracking is cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,13 +6,14 @@ use crate::domain::{
     self, ClockBasis, ClockOffset, CpuFeature, CpuMode, DomainConfig, KernelSource,
     LifecycleAction, MemorySource, TickPolicy,
 };
+use crate::guest::ImageFormat;
 use crate::host::{BuiltinKernel, HostError};
 use crate::kvmstate::ClockPolicy;
 use crate::machine::spec::{
-    BackingSpec, BalloonSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskSpec,
-    EndAction, FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec, NetPort,
-    NetSpec, PciDevice, PciDeviceSpec, RngRate, RngSpec, SerialBackend, SerialSpec, Source,
-    TopologySpec,
+    BackingSpec, BalloonSpec, BootSpec, ClockSpec, CpuSpec, CpuidRegister, DiskCache, DiskFormat,
+    DiskSpec, EndAction, FeaturePolicy, FeatureRule, LifecycleSpec, MachineSpec, MemorySpec,
+    NetPort, NetSpec, PciDevice, PciDeviceSpec, RngRate, RngSpec, SerialBackend, SerialSpec,
+    Source, TopologySpec,
 };
 
 /// Mode of a console's pty: its owner reads and writes, as virsh console does.
@@ -22,6 +23,7 @@ const PTY_MODE: u32 = 0o600;
 pub(super) fn machine_spec(
     config: &DomainConfig,
     builtin_kernels: &[BuiltinKernel],
+    qcow2: Option<&'static dyn ImageFormat>,
 ) -> Result<MachineSpec, HostError> {
     let machine = &config.machine;
     let mut spec = MachineSpec::new(
@@ -42,7 +44,7 @@ pub(super) fn machine_spec(
             backend: backend(&serial.backend),
         })
         .collect();
-    spec.pci = pci_devices(&machine.devices.pci, &machine.memory);
+    spec.pci = pci_devices(&machine.devices.pci, &machine.memory, qcow2)?;
     spec.clock = ClockSpec {
         after_restore: ClockPolicy::Continue,
         rtc_offset_seconds: rtc_offset(&machine.clock.offset)?,
@@ -318,12 +320,16 @@ fn backend(backend: &domain::SerialBackend) -> SerialBackend {
     }
 }
 
-fn pci_devices(devices: &domain::PciDevices, memory: &domain::MemoryConfig) -> Vec<PciDeviceSpec> {
+fn pci_devices(
+    devices: &domain::PciDevices,
+    memory: &domain::MemoryConfig,
+    qcow2: Option<&'static dyn ImageFormat>,
+) -> Result<Vec<PciDeviceSpec>, HostError> {
     let mut nets = 0;
     let mut made = Vec::new();
     for (slot, device) in devices.iter() {
         let device = match &device.kind {
-            domain::PciDeviceKind::Disk(disk) => PciDevice::Disk(disk_spec(disk)),
+            domain::PciDeviceKind::Disk(disk) => PciDevice::Disk(disk_spec(disk, qcow2)?),
             domain::PciDeviceKind::Interface(interface) => {
                 nets += 1;
                 PciDevice::Net(net_spec(interface, nets - 1))
@@ -346,7 +352,7 @@ fn pci_devices(devices: &domain::PciDevices, memory: &domain::MemoryConfig) -> V
         let slot = slot.number();
         made.push(PciDeviceSpec { slot, device });
     }
-    made
+    Ok(made)
 }
 
 fn net_spec(interface: &domain::Interface, number: u32) -> NetSpec {
@@ -369,10 +375,17 @@ fn net_spec(interface: &domain::Interface, number: u32) -> NetSpec {
     }
 }
 
-fn disk_spec(disk: &domain::Disk) -> DiskSpec {
-    DiskSpec {
+fn disk_spec(
+    disk: &domain::Disk,
+    qcow2: Option<&'static dyn ImageFormat>,
+) -> Result<DiskSpec, HostError> {
+    Ok(DiskSpec {
         name: disk.target.as_str().to_owned(),
         path: disk.source.as_path().to_owned(),
+        format: match image_format(disk, qcow2)? {
+            Some(format) => DiskFormat::Image(format),
+            None => DiskFormat::Raw,
+        },
         read_only: disk.read_only,
         serial: disk
             .serial
@@ -380,6 +393,21 @@ fn disk_spec(disk: &domain::Disk) -> DiskSpec {
             .map_or_else(String::new, |serial| serial.as_str().to_owned()),
         cache: disk.cache.map_or(DiskCache::default(), disk_cache),
         discard: disk.discard.unwrap_or(false),
+    })
+}
+
+/// Returns the format of a disk's image; `None` for a raw disk.
+pub(super) fn image_format(
+    disk: &domain::Disk,
+    qcow2: Option<&'static dyn ImageFormat>,
+) -> Result<Option<&'static dyn ImageFormat>, HostError> {
+    match (disk.format, qcow2) {
+        (domain::DiskFormat::Raw, _) => Ok(None),
+        (domain::DiskFormat::Qcow2, Some(format)) => Ok(Some(format)),
+        (domain::DiskFormat::Qcow2, None) => Err(HostError::Invalid(format!(
+            "disk {} is a qcow2 image, which this program cannot read; the livepoint command can",
+            disk.target.as_str()
+        ))),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::domain::{
     DomainConfig, DomainError, DomainName, HostInterface, HostPath, Interface, KernelCmdline,
     LiveInfo, MemorySize, XmlView,
 };
-use crate::guest::Guest;
+use crate::guest::{Guest, ImageFormat};
 use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::disks::{self, DiskRestore};
@@ -58,6 +58,8 @@ pub struct DomainOptions {
     pub builtin_kernels: Vec<BuiltinKernel>,
     /// The domain's number among those that run; the process's own where there is none.
     pub id: Option<u32>,
+    /// What reads and writes disks of format qcow2; `None`: nothing can.
+    pub qcow2: Option<&'static dyn ImageFormat>,
     /// Connected stream sockets that the first serial ports are served at, in place of what the
     /// XML says of them.
     pub consoles: Vec<Arc<OwnedFd>>,
@@ -73,6 +75,7 @@ impl DomainOptions {
             runtime,
             builtin_kernels: Vec::new(),
             id: None,
+            qcow2: None,
             consoles: Vec::new(),
             when_open: None,
         }
@@ -188,7 +191,7 @@ impl Domain {
             );
         }
         // What the machine cannot do is told now rather than at the start.
-        let mut spec = machine_spec(&config, &options.builtin_kernels)?;
+        let mut spec = machine_spec(&config, &options.builtin_kernels, options.qcow2)?;
         options.attach_consoles(&mut spec)?;
         Ok(Self::new(config, options, None, None))
     }
@@ -218,8 +221,8 @@ impl Domain {
         }
         let locks = Locks::acquire(&config, &options.runtime)?;
         // Last before the machine, which locks them: what can be refused has been.
-        disks::restore(reader, &mut config, &restore.disks)?;
-        let mut spec = machine_spec(&config, &options.builtin_kernels)?;
+        disks::restore(reader, &mut config, &restore.disks, options.qcow2)?;
+        let mut spec = machine_spec(&config, &options.builtin_kernels, options.qcow2)?;
         options.attach_consoles(&mut spec)?;
         options.attach_when_open(&mut spec, Some(reader));
         spec.clock.after_restore = restore.clock;
@@ -336,7 +339,8 @@ impl Domain {
         let machine = match restored {
             Some(machine) => machine,
             None => {
-                let mut spec = machine_spec(&self.config, &self.options.builtin_kernels)?;
+                let options = &self.options;
+                let mut spec = machine_spec(&self.config, &options.builtin_kernels, options.qcow2)?;
                 self.options.attach_consoles(&mut spec)?;
                 self.options.attach_when_open(&mut spec, None);
                 let machine = Arc::new(Machine::build(spec)?);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::CheckpointError;
 use crate::domain::DomainError;
 use crate::foreign::ForeignError;
-use crate::guest::GuestError;
+use crate::guest::{GuestError, ImageError};
 use crate::kvmstate::KvmStateError;
 use crate::machine::virtio::blk::DiskError;
 use crate::machine::virtio::net::NetError;
@@ -97,6 +97,9 @@ pub enum HostError {
     /// The image could not be written as a core file.
     #[error(transparent)]
     Core(Box<CoreError>),
+    /// The image that has a disk could not be used.
+    #[error(transparent)]
+    Disk(#[from] ImageError),
     /// A call about another VMM's VM failed.
     #[error(transparent)]
     Foreign(#[from] ForeignError),
@@ -241,6 +244,7 @@ impl HostError {
                 CoreError::State(_) => ErrorCode::Corrupt,
                 CoreError::Write(error) => io_code(error),
             },
+            Self::Disk(error) => image_code(error),
             Self::Foreign(error) => foreign_code(error),
             Self::Lock(LockError::Held { .. }) => ErrorCode::Busy,
             Self::Lock(LockError::Io { source, .. }) => io_code(source),
@@ -335,6 +339,15 @@ fn disk_code(error: &DiskError) -> ErrorCode {
         DiskError::InUse { .. } => ErrorCode::Busy,
         DiskError::NoDisk { .. } => ErrorCode::Invalid,
         DiskError::Io { source, .. } => io_code(source),
+        DiskError::Image(error) => image_code(error),
+    }
+}
+
+fn image_code(error: &ImageError) -> ErrorCode {
+    match error {
+        ImageError::InUse { .. } => ErrorCode::Busy,
+        ImageError::Unusable { .. } => ErrorCode::Invalid,
+        ImageError::Io { source, .. } => io_code(source),
     }
 }
 

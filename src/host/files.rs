@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::DomainOptions;
-use crate::machine::spec::{self, MachineSpec, PciDevice, SerialBackend, Source};
+use crate::machine::spec::{
+    self, DiskFormat, DiskSpec, MachineSpec, PciDevice, SerialBackend, Source,
+};
+use crate::qcow2;
 use crate::store::ImageReader;
 
 /// Files of the host that a domain may open again while it runs.
@@ -42,8 +45,7 @@ impl DomainFiles {
         }
         for device in &spec.pci {
             match &device.device {
-                PciDevice::Disk(disk) if disk.read_only => files.read.push(disk.path.clone()),
-                PciDevice::Disk(disk) => files.write.push(disk.path.clone()),
+                PciDevice::Disk(disk) => files.add_disk(disk),
                 PciDevice::Rng(rng) => files.read.push(rng.source.clone()),
                 PciDevice::Net(_) | PciDevice::Balloon(_) => {}
             }
@@ -54,6 +56,19 @@ impl DomainFiles {
             files.read.push(image.path().to_owned());
         }
         files
+    }
+
+    fn add_disk(&mut self, disk: &DiskSpec) {
+        let list = if disk.read_only {
+            &mut self.read
+        } else {
+            &mut self.write
+        };
+        list.push(disk.path.clone());
+        // Never of a raw disk: its guest could write a header that names any file.
+        if let DiskFormat::Image(_) = disk.format {
+            self.read.extend(qcow2::backing_files(&disk.path));
+        }
     }
 }
 

@@ -27,13 +27,14 @@ use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::Protocol;
 pub use crate::domain::{
-    DomainConfig, DomainError, DomainName, MemorySize, VCPUS_MAX, Vcpus, XmlView,
+    DiskFormat, DomainConfig, DomainError, DomainName, MemorySize, VCPUS_MAX, Vcpus, XmlView,
 };
 pub use crate::foreign::{
     ForeignError, ForeignGuest, GuestIdentity, Kick, KvmHandle, Passage, RegionSpec, SavedState,
     Vmm,
 };
 pub use crate::kvmstate::ClockPolicy;
+pub use crate::qcow2::disk_bytes as qcow2_disk_bytes;
 pub use crate::state::StateSection;
 pub use crate::store::{Codec, Garbage, ImageSummary, VerifyReport};
 pub use crate::sys::lock::LockFile;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::guest::ImageFormat;
 use crate::kvmstate::ClockPolicy;
 use crate::sys::frozen::FrozenMemory;
 
@@ -353,13 +354,15 @@ pub enum NetPort {
     Socket(Arc<OwnedFd>),
 }
 
-/// A disk: a raw file or block device of the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A disk: a file or block device of the host.
+#[derive(Clone, Debug)]
 pub struct DiskSpec {
     /// Its name in the guest, as in `vda`; for messages and images.
     pub name: String,
     /// The file or block device.
     pub path: PathBuf,
+    /// How the disk is kept there.
+    pub format: DiskFormat,
     /// Whether the guest may only read it.
     pub read_only: bool,
     /// Its serial number, at most 20 bytes; empty for none.
@@ -368,6 +371,16 @@ pub struct DiskSpec {
     pub cache: DiskCache,
     /// Whether discards free room in the file.
     pub discard: bool,
+}
+
+/// How a disk is kept in its file.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum DiskFormat {
+    /// Byte by byte.
+    #[default]
+    Raw,
+    /// In a format that something else knows.
+    Image(&'static dyn ImageFormat),
 }
 
 /// How a disk goes through the host's page cache.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
+use crate::guest::DiskImage;
 use crate::page::{PAGE_BYTES, PAGE_SHIFT, PIECE_BYTES, PageRun};
 use crate::store::{ImageReader, ReadScratch, StoreError};
 
@@ -58,6 +59,56 @@ pub fn write(reader: &ImageReader, disk: usize, file: &File) -> Result<(), DiskE
         }
     }
     file.sync_all()?;
+    Ok(())
+}
+
+/// The most of a disk that is compared with what an image has already: a cluster, as most have.
+const COMPARED_BYTES: usize = 64 << 10;
+
+/// Writes disk `disk` of the image, by its place in the manifest, to `to`, as long as the disk.
+/// Returns once it is on stable storage.
+///
+/// Every block is checked before it is written. What reads as it should already is left alone: so an
+/// image that is based on another file takes up only what differs from that.
+///
+/// # Panics
+/// When the image has no such disk.
+pub fn write_image(reader: &ImageReader, disk: usize, to: &dyn DiskImage) -> Result<(), DiskError> {
+    let bytes = reader.manifest().disks[disk].bytes;
+    let frames = reader.disk_frames(disk);
+    let offset_of = |run: PageRun| (run.start.0 - frames.start.0) << PAGE_SHIFT;
+    let mut scratch = ReadScratch::default();
+    let mut found = vec![0; COMPARED_BYTES];
+    for chunk in reader.disk_chunks(frames) {
+        let raw = reader.read_chunk(chunk, &mut scratch)?;
+        for part in reader.runs_of_chunk(chunk) {
+            if part.run.intersection(frames).is_none() {
+                continue;
+            }
+            let mut offset = offset_of(part.run);
+            let data = part.bytes_in(raw);
+            // The last block may go on behind the disk's end.
+            let left = usize::try_from(bytes - offset).unwrap_or(usize::MAX);
+            for piece in data[..data.len().min(left)].chunks(COMPARED_BYTES) {
+                let found = &mut found[..piece.len()];
+                to.read_at(found, offset)?;
+                if found != piece {
+                    to.write_at(piece, offset)?;
+                }
+                offset += piece.len() as u64;
+            }
+        }
+    }
+    for run in reader.disk_zero_runs(frames) {
+        let mut offset = offset_of(run);
+        let end = (offset + run.page_count * PAGE_BYTES as u64).min(bytes);
+        while let Some(data) = to.next_data(offset)?.filter(|data| data.start < end) {
+            let stop = data.end.min(end);
+            to.zero(data.start, stop - data.start, true)?;
+            offset = stop;
+        }
+    }
+    to.flush(true)?;
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 )]
 
 pub mod c;
+pub mod disk_bench;
 pub mod gated;
 pub mod livepointd;
 pub mod machines;

@@ -79,6 +79,14 @@ impl DiskHeader {
     }
 }
 
+/// Returns the number of the newest whole record; every place has one, or was never written.
+pub fn newest(disk: &Path) -> u64 {
+    let bytes = std::fs::read(disk).unwrap();
+    let places = bytes.chunks_exact(RECORD_BYTES).zip(0..);
+    let numbers = places.map(|(record, place)| number_of(record, place));
+    numbers.max().unwrap_or(0)
+}
+
 fn mix(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -10,6 +10,7 @@ use crate::daemon::error::failed;
 use crate::daemon::managed::State;
 use crate::daemon::worker;
 use crate::host::control::protocol::{DiskUse, Status};
+use crate::host::{DiskFormat, qcow2_disk_bytes};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
@@ -23,6 +24,7 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
 pub(super) struct DiskOf {
     pub(super) target: String,
     pub(super) source: PathBuf,
+    pub(super) format: DiskFormat,
 }
 
 /// Returns the disks of a domain, as it runs or as it is defined.
@@ -33,6 +35,7 @@ pub(super) fn disks_of(state: &State) -> Vec<DiskOf> {
         .map(|(_, disk)| DiskOf {
             target: disk.target.as_str().to_owned(),
             source: disk.source.as_path().to_owned(),
+            format: disk.format,
         })
         .collect()
 }
@@ -57,21 +60,37 @@ pub(super) struct Sizes {
     pub(super) physical: u64,
 }
 
-pub(super) fn sizes(file: &Path) -> std::io::Result<Sizes> {
-    let mut opened = File::open(file)?;
-    let metadata = opened.metadata()?;
-    // The end is the size of block devices, too.
-    let capacity = opened.seek(SeekFrom::End(0))?;
-    let allocation = if metadata.is_file() {
-        metadata.blocks() * 512
-    } else {
-        capacity
-    };
-    Ok(Sizes {
-        allocation,
-        capacity,
-        physical: capacity,
-    })
+impl DiskOf {
+    /// Asks the file, which its guest may be using.
+    pub(super) fn sizes(&self) -> Result<Sizes, String> {
+        let (length, allocation) = self.lengths().map_err(|error| error.to_string())?;
+        let capacity = match self.format {
+            DiskFormat::Raw => length,
+            DiskFormat::Qcow2 => {
+                qcow2_disk_bytes(&self.source).map_err(|error| error.to_string())?
+            }
+        };
+        Ok(Sizes {
+            allocation,
+            capacity,
+            physical: length,
+        })
+    }
+
+    /// Returns the length of the file or block device, and how much room it takes.
+    fn lengths(&self) -> std::io::Result<(u64, u64)> {
+        let mut opened = File::open(&self.source)?;
+        let metadata = opened.metadata()?;
+        // The end is the size of block devices, too.
+        let length = opened.seek(SeekFrom::End(0))?;
+        let is_file = metadata.is_file();
+        let allocation = if is_file {
+            metadata.blocks() * 512
+        } else {
+            length
+        };
+        Ok((length, allocation))
+    }
 }
 
 fn info(
@@ -81,7 +100,7 @@ fn info(
     check_flags(flags, 0, "virDomainGetBlockInfo")?;
     let domain = call.driver.registry.find(&wanted)?;
     let disk = find(&domain.lock(), &path)?;
-    let sizes = sizes(&disk.source).map_err(|error| {
+    let sizes = disk.sizes().map_err(|error| {
         RpcError::new(
             Code::SystemError,
             format!("cannot open {}: {error}", disk.source.display()),

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs;
 
-use super::block::{DiskOf, disks_of, sizes, status_of};
+use super::block::{DiskOf, disks_of, status_of};
 use super::interface;
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
@@ -324,7 +324,7 @@ fn block_stats(disks: Vec<DiskOf>, figures: &Figures<'_>, params: &mut Vec<Typed
             params.push(number("fl.reqs", used.flushes));
             params.push(number("errors", used.errors));
         }
-        if let Ok(sizes) = sizes(&disk.source) {
+        if let Ok(sizes) = disk.sizes() {
             params.push(number("allocation", sizes.allocation));
             params.push(number("capacity", sizes.capacity));
             params.push(number("physical", sizes.physical));

@@ -67,13 +67,18 @@ fn any_disk() -> impl Strategy<Value = Disk> {
     let cache = prop::option::of(prop::sample::select(DiskCache::ALL.to_vec()));
     let kind = prop::sample::select(vec![DiskSourceKind::File, DiskSourceKind::Block]);
     let serial = prop::option::of("[A-Za-z0-9_.-]{1,20}");
+    let kind = prop_oneof![
+        kind.prop_map(|kind| (kind, DiskFormat::Raw)),
+        Just((DiskSourceKind::File, DiskFormat::Qcow2)),
+    ];
     let rest = (any::<bool>(), any::<Option<bool>>(), cache, kind, serial);
     ("[a-z]{1,4}", any_path(), rest).prop_map(
-        |(letters, source, (read_only, discard, cache, source_kind, serial))| Disk {
+        |(letters, source, (read_only, discard, cache, (source_kind, format), serial))| Disk {
             read_only,
             discard,
             cache,
             source_kind,
+            format,
             serial: serial.map(|serial| DiskSerial::new(&serial).unwrap()),
             ..Disk::new(DiskTarget::new(&format!("vd{letters}")).unwrap(), source)
         },

@@ -1,30 +1,27 @@
-//! The host's side of a disk: a raw file or block device.
+//! The host's side of a disk: a file or block device.
 
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::UNIX_EPOCH;
 
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-use crate::guest::{DiskFacts, GuestDisk, WriteObserver};
-use crate::machine::spec::{DiskCache, DiskSpec};
+use super::raw::RawFile;
+use crate::guest::{DiskFacts, DiskImage, GuestDisk, ImageError, WriteObserver};
+use crate::machine::spec::{DiskCache, DiskFormat, DiskSpec};
 use crate::sys::lock::{Holder, holder_of};
-use crate::sys::volatile_io;
 
 /// Bytes of a sector, in which virtio counts.
 pub const SECTOR_BYTES: u32 = 512;
 
-/// The alignments that direct I/O may need, smallest first.
-const DIRECT_ALIGNMENTS: [u32; 2] = [512, 4096];
+/// The most bytes of a request to an image that are copied at a time.
+const PART_BYTES: usize = 1 << 20;
 
 /// A disk that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -57,10 +54,13 @@ pub enum DiskError {
         /// Why not.
         why: &'static str,
     },
+    /// The image that should have the disk cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 impl DiskError {
-    fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             what,
             path: path.to_owned(),
@@ -93,15 +93,20 @@ impl DiskCounters {
     }
 }
 
+/// What keeps a disk's bytes.
+enum Storage {
+    Raw(RawFile),
+    Image(Box<dyn DiskImage>),
+}
+
 /// An open disk. It is locked against other machines for as long as it is open: for reading by
 /// any number of them, for writing by one.
 ///
 /// Every method may be called from any thread, and may block for storage.
 pub struct Disk {
     spec: DiskSpec,
-    file: File,
+    storage: Storage,
     sectors: u64,
-    block_bytes: u32,
     counters: DiskCounters,
     observer: RwLock<Option<Arc<dyn WriteObserver>>>,
 }
@@ -128,17 +133,27 @@ impl Disk {
             .open(path)
             .map_err(DiskError::io("open", path))?;
         lock(&file, spec)?;
-        let sectors = sectors(&file, path)?;
-        let block_bytes = if direct {
-            direct_alignment(&file, path)?
-        } else {
-            SECTOR_BYTES
+        let (storage, bytes) = match spec.format {
+            DiskFormat::Raw => {
+                let raw = RawFile::new(file, path, direct)?;
+                let bytes = raw.bytes();
+                (Storage::Raw(raw), bytes)
+            }
+            DiskFormat::Image(format) => {
+                let image = format.open(file, path, !spec.read_only)?;
+                let bytes = image.bytes();
+                (Storage::Image(image), bytes)
+            }
         };
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES.into()) {
+            let why = "its size is not a multiple of 512 bytes, or is 0";
+            let path = path.clone();
+            return Err(DiskError::NoDisk { path, why });
+        }
         Ok(Self {
             spec: spec.clone(),
-            file,
-            sectors,
-            block_bytes,
+            storage,
+            sectors: bytes / u64::from(SECTOR_BYTES),
             observer: RwLock::new(None),
             counters: DiskCounters::default(),
         })
@@ -161,7 +176,10 @@ impl Disk {
 
     /// Returns what every access should be a multiple of.
     pub fn block_bytes(&self) -> u32 {
-        self.block_bytes
+        match &self.storage {
+            Storage::Raw(raw) => raw.block_bytes(),
+            Storage::Image(_) => SECTOR_BYTES,
+        }
     }
 
     /// Returns its serial number; empty where it has none.
@@ -179,36 +197,24 @@ impl Disk {
         self.spec.discard && !self.spec.read_only
     }
 
-    fn is_direct(&self) -> bool {
-        matches!(self.spec.cache, DiskCache::None | DiskCache::DirectSync)
-    }
-
-    /// Returns whether direct I/O takes these buffers as they are.
-    fn fits_direct<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>]) -> bool {
-        let block = self.block_bytes as usize;
-        slices.iter().all(|slice| {
-            let start = slice.ptr_guard().as_ptr().addr();
-            start.is_multiple_of(block) && slice.len().is_multiple_of(block)
-        })
-    }
-
     /// Fills guest memory from `offset` on.
     pub fn read<B: BitmapSlice>(
         &self,
         offset: u64,
         into: &[VolatileSlice<'_, B>],
     ) -> io::Result<()> {
-        if !self.is_direct() || self.fits_direct(into) {
-            return volatile_io::read_at(&self.file, into, offset);
+        match &self.storage {
+            Storage::Raw(raw) => raw.read(offset, into),
+            Storage::Image(image) => {
+                let mut copy = Vec::new();
+                for part in parts(into) {
+                    copy.resize(part.len(), 0);
+                    image.read_at(&mut copy, offset + part.start as u64)?;
+                    overlaps(into, &part, |slice, at| slice.copy_from(&copy[at..]))?;
+                }
+                Ok(())
+            }
         }
-        let mut bounce = Bounce::new(self.block_bytes, into);
-        self.file.read_exact_at(bounce.bytes(), offset)?;
-        let mut at = 0;
-        for slice in into {
-            slice.copy_from(&bounce.bytes()[at..at + slice.len()]);
-            at += slice.len();
-        }
-        Ok(())
     }
 
     /// Writes guest memory to `offset`.
@@ -219,36 +225,55 @@ impl Disk {
     ) -> io::Result<()> {
         self.refuse_read_only()?;
         self.announce(offset, from.iter().map(|slice| slice.len() as u64).sum());
-        if !self.is_direct() || self.fits_direct(from) {
-            return volatile_io::write_at(&self.file, from, offset);
+        match &self.storage {
+            Storage::Raw(raw) => raw.write(offset, from),
+            Storage::Image(image) => {
+                let mut copy = Vec::new();
+                for part in parts(from) {
+                    copy.resize(part.len(), 0);
+                    overlaps(from, &part, |slice, at| {
+                        slice.copy_to(&mut copy[at..]);
+                    })?;
+                    image.write_at(&copy, offset + part.start as u64)?;
+                }
+                self.flush_synced(&**image)
+            }
         }
-        let mut bounce = Bounce::new(self.block_bytes, from);
-        let mut at = 0;
-        for slice in from {
-            at += slice.copy_to(&mut bounce.bytes()[at..]);
-        }
-        self.file.write_all_at(bounce.bytes(), offset)
     }
 
     /// Makes what was written last, unless the disk is one of those whose user does not care.
     pub fn flush(&self) -> io::Result<()> {
-        if self.spec.cache == DiskCache::Unsafe || self.spec.read_only {
+        if self.spec.read_only {
             return Ok(());
         }
-        self.file.sync_data()
+        let durable = self.spec.cache != DiskCache::Unsafe;
+        match &self.storage {
+            Storage::Raw(raw) if durable => raw.sync(),
+            Storage::Raw(_) => Ok(()),
+            // Where nothing has to outlive the host, it still outlives this process.
+            Storage::Image(image) => image.flush(durable),
+        }
     }
 
     /// Makes a range read as zeros; it may become a hole where `may_unmap` says so.
     pub fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.refuse_read_only()?;
         self.announce(offset, len);
-        let how = if may_unmap {
-            FallocateFlags::PUNCH_HOLE
-        } else {
-            FallocateFlags::ZERO_RANGE
-        };
-        fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len)?;
-        Ok(())
+        match &self.storage {
+            Storage::Raw(raw) => raw.zero(offset, len, may_unmap),
+            Storage::Image(image) => {
+                image.zero(offset, len, may_unmap)?;
+                self.flush_synced(&**image)
+            }
+        }
+    }
+
+    /// Makes a write last where each one has to: an image's own tables are kept in memory.
+    fn flush_synced(&self, image: &dyn DiskImage) -> io::Result<()> {
+        match self.spec.cache {
+            DiskCache::WriteThrough | DiskCache::DirectSync => image.flush(true),
+            _ => Ok(()),
+        }
     }
 
     /// Lets a checkpoint keep what is about to be changed.
@@ -270,55 +295,64 @@ impl Disk {
 
 impl GuestDisk for Disk {
     fn facts(&self) -> DiskFacts {
-        let modified = self
-            .file
-            .metadata()
-            .and_then(|metadata| metadata.modified());
-        let since = modified
-            .ok()
-            .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        let is_file = self
-            .file
-            .metadata()
-            .is_ok_and(|metadata| metadata.is_file());
-        let nanoseconds = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
         DiskFacts {
             name: self.spec.name.clone(),
             path: self.spec.path.clone(),
             bytes: self.sectors * u64::from(SECTOR_BYTES),
             read_only: self.spec.read_only,
-            modified_ns: nanoseconds.filter(|_| is_file).unwrap_or(0),
+            modified_ns: match &self.storage {
+                Storage::Raw(raw) => raw.modified_ns(),
+                Storage::Image(image) => image.modified_ns(),
+            },
         }
     }
 
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        if !self.is_direct() {
-            return self.file.read_exact_at(out, offset);
+        match &self.storage {
+            Storage::Raw(raw) => raw.read_at(out, offset),
+            Storage::Image(image) => image.read_at(out, offset),
         }
-        let mut bounce = Bounce::of(self.block_bytes, out.len());
-        self.file.read_exact_at(bounce.bytes(), offset)?;
-        out.copy_from_slice(bounce.bytes());
-        Ok(())
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        use rustix::fs::{SeekFrom, seek};
-        // Nothing here uses the file's position.
-        let start = match seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(None),
-            // A file system that does not tell.
-            Err(Errno::INVAL) => return Ok(Some(offset..self.sectors * u64::from(SECTOR_BYTES))),
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(&self.file, SeekFrom::Hole(start))?;
-        Ok(Some(start..end))
+        match &self.storage {
+            Storage::Raw(raw) => raw.next_data(offset),
+            Storage::Image(image) => image.next_data(offset),
+        }
     }
 
     fn set_write_observer(&self, observer: Option<Arc<dyn WriteObserver>>) {
         let place = self.observer.write();
         *place.unwrap_or_else(PoisonError::into_inner) = observer;
     }
+}
+
+/// Returns the ranges of a request, [`PART_BYTES`] at most each.
+fn parts<B: BitmapSlice>(
+    slices: &[VolatileSlice<'_, B>],
+) -> impl Iterator<Item = Range<usize>> + use<B> {
+    let bytes: usize = slices.iter().map(VolatileSlice::len).sum();
+    let starts = (0..bytes).step_by(PART_BYTES);
+    starts.map(move |start| start..bytes.min(start + PART_BYTES))
+}
+
+/// Calls `each` with the pieces of guest memory that a range of a request is made of, and where
+/// they are in it.
+fn overlaps<B: BitmapSlice>(
+    slices: &[VolatileSlice<'_, B>],
+    range: &Range<usize>,
+    mut each: impl FnMut(VolatileSlice<'_, B>, usize),
+) -> io::Result<()> {
+    let mut start = 0;
+    for slice in slices {
+        let (from, to) = (range.start.max(start), range.end.min(start + slice.len()));
+        if from < to {
+            let piece = slice.subslice(from - start, to - from);
+            each(piece.map_err(io::Error::other)?, from - range.start);
+        }
+        start += slice.len();
+    }
+    Ok(())
 }
 
 /// Locks the file; two machines that write one disk destroy it.
@@ -335,61 +369,4 @@ fn lock(file: &File, spec: &DiskSpec) -> Result<(), DiskError> {
         },
         TryLockError::Error(source) => DiskError::io("lock", &spec.path)(source),
     })
-}
-
-fn sectors(mut file: &File, path: &Path) -> Result<u64, DiskError> {
-    let metadata = file.metadata().map_err(DiskError::io("examine", path))?;
-    let kind = metadata.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        let why = "it is neither a regular file nor a block device";
-        let path = path.to_owned();
-        return Err(DiskError::NoDisk { path, why });
-    }
-    // Of a block device the metadata has no length.
-    let bytes = file
-        .seek(SeekFrom::End(0))
-        .map_err(DiskError::io("find the size of", path))?;
-    if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES.into()) {
-        let why = "its size is not a multiple of 512 bytes, or is 0";
-        let path = path.to_owned();
-        return Err(DiskError::NoDisk { path, why });
-    }
-    Ok(bytes / u64::from(SECTOR_BYTES))
-}
-
-/// Finds by trying what direct I/O on the file must be aligned to.
-fn direct_alignment(file: &File, path: &Path) -> Result<u32, DiskError> {
-    let mut last = io::Error::from(io::ErrorKind::InvalidInput);
-    for alignment in DIRECT_ALIGNMENTS {
-        let mut bounce = Bounce::of(alignment, alignment as usize);
-        match file.read_at(bounce.bytes(), 0) {
-            Ok(_) => return Ok(alignment),
-            Err(error) => last = error,
-        }
-    }
-    Err(DiskError::io("read without the page cache", path)(last))
-}
-
-/// Memory that direct I/O takes, for buffers that it does not.
-struct Bounce {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Bounce {
-    fn new<B: BitmapSlice>(alignment: u32, slices: &[VolatileSlice<'_, B>]) -> Self {
-        Self::of(alignment, slices.iter().map(VolatileSlice::len).sum())
-    }
-
-    fn of(alignment: u32, len: usize) -> Self {
-        let alignment = alignment as usize;
-        let memory = vec![0; len + alignment];
-        let start = memory.as_ptr().align_offset(alignment);
-        Self { memory, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
-    }
 }

@@ -1,6 +1,7 @@
 //! A virtio disk.
 
 mod disk;
+mod raw;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{Blk, Disk};
 use crate::machine::device::{Device, Quiesce};
 use crate::machine::pci::PciFunction;
-use crate::machine::spec::{DiskCache, DiskSpec};
+use crate::machine::spec::{DiskCache, DiskFormat, DiskSpec};
 use crate::machine::virtio::feature;
 use crate::machine::virtio::testing::{
     BUFFERS, INDIRECT, NEEDS_RESET, NEXT, RAM_BYTES, Rig, WRITE, descriptor,
@@ -41,6 +41,7 @@ fn spec(file: &tempfile::NamedTempFile) -> DiskSpec {
     DiskSpec {
         name: "vda".to_owned(),
         path: file.path().to_owned(),
+        format: DiskFormat::Raw,
         read_only: false,
         serial: "serial-1".to_owned(),
         cache: DiskCache::WriteBack,
