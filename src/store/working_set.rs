@@ -11,10 +11,12 @@ pub(crate) const WORKING_SET_RUNS_MAX: usize = 4096;
 
 /// Returns the pieces that were captured in epoch `since` or later, those of the last epoch first.
 ///
-/// A page is captured again for as long as the guest writes it.
+/// A page is captured again for as long as the guest writes it. Each run is inside one of `regions`,
+/// which may touch: a reader takes no others.
 pub(crate) fn newest_first(
     pieces: impl Iterator<Item = (PageRun, Option<u32>)>,
     since: u32,
+    regions: &[RegionLayout],
 ) -> Vec<PageRun> {
     let mut found: Vec<(u32, PageRun)> = pieces
         .filter_map(|(run, epoch)| epoch.filter(|epoch| *epoch >= since).zip(Some(run)))
@@ -23,9 +25,12 @@ pub(crate) fn newest_first(
     found.sort_by_key(|(epoch, _)| Reverse(*epoch));
     let mut runs: Vec<PageRun> = Vec::new();
     for (_, run) in found {
+        let begins_region = |run: PageRun| regions.iter().any(|it| it.start == run.start);
         let is_full = runs.len() == WORKING_SET_RUNS_MAX;
         match runs.last_mut() {
-            Some(last) if last.end() == run.start => last.page_count += run.page_count,
+            Some(last) if last.end() == run.start && !begins_region(run) => {
+                last.page_count += run.page_count;
+            }
             _ if is_full => break,
             _ => runs.push(run),
         }
@@ -77,7 +82,7 @@ mod tests {
             .map(|number| run(number * 512, 512))
             .zip(epochs)
             .collect();
-        let written = newest_first(pieces.iter().copied(), 1);
+        let written = newest_first(pieces.iter().copied(), 1, &[]);
         assert_eq!(
             written,
             [
@@ -87,14 +92,30 @@ mod tests {
                 run(3072, 512)
             ]
         );
-        let all = newest_first(pieces.into_iter(), 0);
+        let all = newest_first(pieces.into_iter(), 0, &[]);
         assert_eq!(all.last(), Some(&run(0, 512)));
+    }
+
+    #[test]
+    fn a_run_that_is_recorded_is_inside_one_region() {
+        // A machine's memory is in slots that touch.
+        let regions: Vec<_> = (0..3)
+            .map(|slot| RegionLayout {
+                slot,
+                start: Gfn(u64::from(slot) * 1024),
+                page_count: 1024,
+            })
+            .collect();
+        let pieces = || (0..6).map(|number| (run(number * 512, 512), Some(1)));
+        let runs = newest_first(pieces(), 1, &regions);
+        assert_eq!(runs, [run(0, 1024), run(1024, 1024), run(2048, 1024)]);
+        check(&runs, &regions).unwrap();
     }
 
     #[test]
     fn no_more_is_recorded_than_a_reader_takes() {
         let pieces = (0..10_000).map(|number| (run(number * 1024, 512), Some(5)));
-        let runs = newest_first(pieces, 1);
+        let runs = newest_first(pieces, 1, &[]);
         assert_eq!(runs.len(), WORKING_SET_RUNS_MAX);
         let region = RegionLayout {
             slot: 0,

@@ -516,7 +516,7 @@ impl ImageWriter {
             return folded.manifest().working_set.clone();
         }
         let since = u32::from(self.parent.is_none());
-        working_set::newest_first(self.pages.pieces(self.regions.len()), since)
+        working_set::newest_first(self.pages.pieces(self.regions.len()), since, &self.regions)
     }
 
     fn write_sections(&self) -> Result<Vec<SectionEntry>, StoreError> {
