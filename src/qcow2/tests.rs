@@ -363,10 +363,7 @@ fn all_files_below_an_image_are_found() {
     }
     let files = super::backing_files(&bench.path("top.qcow2"));
     assert_eq!(files, [bench.path("middle.qcow2"), bench.path("dir/base")]);
-    assert_eq!(
-        super::backing_files(&bench.path("dir/base")),
-        [PathBuf::new(); 0]
-    );
+    assert!(super::backing_files(&bench.path("dir/base")).is_empty());
     let endless = super::backing_files(&bench.path("loop.qcow2"));
     assert_eq!(endless.len(), super::LAYERS_MAX);
 }
