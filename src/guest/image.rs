@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::sys::lock::Holder;
 
-/// An image of a disk that cannot be used.
+/// A file with a disk, or with an image of one, that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {

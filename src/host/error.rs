@@ -336,10 +336,8 @@ fn rewind_code(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Error
 
 fn disk_code(error: &DiskError) -> ErrorCode {
     match error {
-        DiskError::InUse { .. } => ErrorCode::Busy,
         DiskError::NoDisk { .. } => ErrorCode::Invalid,
-        DiskError::Io { source, .. } => io_code(source),
-        DiskError::Image(error) => image_code(error),
+        DiskError::File(error) => image_code(error),
     }
 }
 

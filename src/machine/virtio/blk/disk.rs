@@ -15,7 +15,7 @@ use vm_memory::bitmap::BitmapSlice;
 use super::raw::RawFile;
 use crate::guest::{DiskFacts, DiskImage, GuestDisk, ImageError, WriteObserver};
 use crate::machine::spec::{DiskCache, DiskFormat, DiskSpec};
-use crate::sys::lock::{Holder, holder_of};
+use crate::sys::lock::holder_of;
 
 /// Bytes of a sector, in which virtio counts.
 pub const SECTOR_BYTES: u32 = 512;
@@ -27,25 +27,6 @@ const PART_BYTES: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
-    /// The file cannot be opened or examined.
-    #[error("could not {what} {}", path.display())]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// Another machine or program uses it.
-    #[error("{} is in use{}", path.display(), holder.as_ref().map_or_else(String::new, |holder| format!(" by {holder}")))]
-    InUse {
-        /// The file.
-        path: PathBuf,
-        /// Who uses it, where that is known.
-        holder: Option<Holder>,
-    },
     /// The file is no disk.
     #[error("{} is no disk: {why}", path.display())]
     NoDisk {
@@ -54,18 +35,15 @@ pub enum DiskError {
         /// Why not.
         why: &'static str,
     },
-    /// The image that should have the disk cannot be used.
+    /// The file cannot be opened or examined, another machine or program uses it, or it is an image
+    /// that cannot be used.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    File(#[from] ImageError),
 }
 
 impl DiskError {
     pub(super) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            what,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| ImageError::io(what, path)(source).into()
     }
 }
 
@@ -363,10 +341,11 @@ fn lock(file: &File, spec: &DiskSpec) -> Result<(), DiskError> {
         file.try_lock()
     };
     locked.map_err(|error| match error {
-        TryLockError::WouldBlock => DiskError::InUse {
+        TryLockError::WouldBlock => ImageError::InUse {
             path: spec.path.clone(),
             holder: holder_of(file),
         },
-        TryLockError::Error(source) => DiskError::io("lock", &spec.path)(source),
-    })
+        TryLockError::Error(source) => ImageError::io("lock", &spec.path)(source),
+    })?;
+    Ok(())
 }
