@@ -6,11 +6,10 @@ mod common;
 use std::fs::{self, File};
 use std::time::Duration;
 
-use common::disk_bench::{DiskBench, wait_for_end};
+use common::disk_bench::{self, DiskBench, wait_for_end};
 use common::have_kvm;
 use livepoint::checkpoint::Protocol;
 use livepoint::guest::Guest as _;
-use livepoint::machine::spec::{DiskCache, DiskSpec};
 use livepoint::machine::{Machine, MachineError};
 use livepoint::restore::disks;
 
@@ -19,35 +18,10 @@ fn records_written_by_every_cache_mode_are_read_back_and_in_the_file() {
     if !have_kvm() {
         return;
     }
-    for cache in [
-        DiskCache::WriteBack,
-        DiskCache::WriteThrough,
-        DiskCache::None,
-        DiskCache::DirectSync,
-        DiskCache::Unsafe,
-    ] {
-        let bench = DiskBench::new(1);
-        let disk = DiskSpec {
-            cache,
-            ..bench.disk_spec(&bench.disk)
-        };
-        let machine = match Machine::build(bench.spec("records=600 tick=40", disk, "console")) {
-            // tmpfs of older kernels has no direct I/O.
-            Err(MachineError::Disk { source, .. })
-                if [DiskCache::None, DiskCache::DirectSync].contains(&cache) =>
-            {
-                common::skip("direct I/O", &source.to_string());
-                continue;
-            }
-            machine => machine.unwrap(),
-        };
-        machine.start(false).unwrap();
-        wait_for_end(&machine);
-        bench.wait_line("console", "virtio: blk done records=600");
-        let header = bench.header(machine.regions());
-        assert_eq!((header.acknowledged, header.writing), (600, false));
-        assert_eq!(header.check(&bench.disk), 0);
-    }
+    disk_bench::run_every_cache_mode(
+        || DiskBench::new(1),
+        |bench, header, _| assert_eq!(header.check(&bench.disk), 0),
+    );
 }
 
 #[test]

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::disk_bench::{DiskBench, MIB, PATIENCE, wait_for_end};
+use common::disk_bench::{self, DiskBench, MIB, PATIENCE};
 use common::records::newest;
 use common::victim::livepoint;
 use common::{Random, have_kvm};
 use livepoint::checkpoint::Protocol;
 use livepoint::guest::{Guest, GuestDisk, ImageFormat as _};
-use livepoint::machine::spec::{DiskCache, DiskFormat, DiskSpec};
+use livepoint::machine::spec::{DiskFormat, DiskSpec};
 use livepoint::machine::virtio::blk::Disk;
-use livepoint::machine::{Machine, MachineError};
+
 use livepoint::qcow2::Qcow2Format;
 use livepoint::restore::disks;
 use livepoint::store::{FileStorage, ImageReader};
@@ -80,37 +80,13 @@ fn records_in_an_image_are_there_by_every_cache_mode() {
     if !have_kvm() {
         return;
     }
-    for cache in [
-        DiskCache::WriteBack,
-        DiskCache::WriteThrough,
-        DiskCache::None,
-        DiskCache::DirectSync,
-        DiskCache::Unsafe,
-    ] {
-        let bench = bench("1M");
-        let disk = DiskSpec {
-            cache,
-            ..bench.disk_spec(&bench.disk)
-        };
-        let machine = match Machine::build(bench.spec("records=600 tick=40", disk, "console")) {
-            // tmpfs of older kernels has no direct I/O.
-            Err(MachineError::Disk { source, .. })
-                if [DiskCache::None, DiskCache::DirectSync].contains(&cache) =>
-            {
-                common::skip("direct I/O", &source.to_string());
-                continue;
-            }
-            machine => machine.unwrap(),
-        };
-        machine.start(false).unwrap();
-        wait_for_end(&machine);
-        bench.wait_line("console", "virtio: blk done records=600");
-        let header = bench.header(machine.regions());
-        assert_eq!((header.acknowledged, header.writing), (600, false));
-        drop(machine);
-        check(&bench.disk);
-        assert_eq!(header.check(&as_raw(&bench.disk)), 0, "{cache:?}");
-    }
+    disk_bench::run_every_cache_mode(
+        || bench("1M"),
+        |bench, header, cache| {
+            check(&bench.disk);
+            assert_eq!(header.check(&as_raw(&bench.disk)), 0, "{cache:?}");
+        },
+    );
 }
 
 #[test]

@@ -61,9 +61,8 @@ fn write_pages(writer: &ImageWriter, pages: &[u64], seed: u64, epoch: u32) {
     }
 }
 
-/// Writes an image whose pieces are: full, zeros, half of each, full; and one on top of it with
-/// pages scattered over all of them.
-fn write_chain(dir: &Path) -> Arc<ImageReader> {
+/// Begins an image of all pages.
+fn begin(path: &Path) -> ImageWriter {
     let layout = [RegionLayout {
         slot: 0,
         start: Gfn(0),
@@ -73,8 +72,13 @@ fn write_chain(dir: &Path) -> Arc<ImageReader> {
         durable: false,
         ..WriteOptions::default()
     };
-    let begin = || ImageWriter::create(Arc::new(FileStorage), dir, &layout, &options).unwrap();
-    let writer = begin();
+    ImageWriter::create(Arc::new(FileStorage), path, &layout, &options).unwrap()
+}
+
+/// Writes an image whose pieces are: full, zeros, half of each, full; and one on top of it with
+/// pages scattered over all of them.
+fn write_chain(dir: &Path) -> Arc<ImageReader> {
+    let writer = begin(dir);
     let with_data = |page: &u64| page / 512 != 1 && (page / 512 != 2 || page.is_multiple_of(2));
     let (data, zeros): (Vec<u64>, Vec<u64>) = (0..PAGES).partition(with_data);
     write_pages(&writer, &data, 100, 0);
@@ -86,7 +90,7 @@ fn write_chain(dir: &Path) -> Arc<ImageReader> {
         writer.record_zero(0, run).unwrap();
     }
     let base = writer.commit(common::facts()).unwrap();
-    let mut writer = begin();
+    let mut writer = begin(dir);
     let base = ImageReader::open(&FileStorage, &base.path).unwrap();
     writer.inherit(Arc::new(base)).unwrap();
     let scattered: Vec<_> = (0..PAGES)
@@ -148,17 +152,8 @@ fn pieces_there(memory: &[MemoryRegion]) -> Vec<usize> {
 #[test]
 fn what_the_guest_wrote_last_comes_first() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = [RegionLayout {
-        slot: 0,
-        start: Gfn(0),
-        page_count: PAGES,
-    }];
-    let options = WriteOptions {
-        durable: false,
-        ..WriteOptions::default()
-    };
     let path = dir.path().join("image.lpi");
-    let writer = ImageWriter::create(Arc::new(FileStorage), &path, &layout, &options).unwrap();
+    let writer = begin(&path);
     // Each piece is a chunk, in this order; two were written again later.
     let epochs = [0, 5, 0, 2, 0, 0];
     for (piece, epoch) in (0_u64..).zip(epochs) {

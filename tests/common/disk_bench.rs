@@ -13,7 +13,7 @@ use livepoint::machine::spec::{
     BootSpec, DiskCache, DiskFormat, DiskSpec, MachineSpec, PciDevice, PciDeviceSpec,
     SerialBackend, SerialSpec, Source,
 };
-use livepoint::machine::{Machine, MachineState};
+use livepoint::machine::{Machine, MachineError, MachineState};
 use livepoint::restore::eager;
 use livepoint::store::{FileStorage, ImageReader};
 
@@ -163,4 +163,42 @@ impl DiskBench {
 pub fn wait_for_end(machine: &Machine) {
     let state = machine.wait(Some(PATIENCE));
     assert!(matches!(state, MachineState::Shutoff { .. }), "{state}");
+}
+
+/// Has the guest write and read back its records by each cache mode, on a disk of its own; `look`
+/// then sees what is on the disk of the machine that is gone.
+pub fn run_every_cache_mode(
+    make: impl Fn() -> DiskBench,
+    look: impl Fn(&DiskBench, &DiskHeader, DiskCache),
+) {
+    for cache in [
+        DiskCache::WriteBack,
+        DiskCache::WriteThrough,
+        DiskCache::None,
+        DiskCache::DirectSync,
+        DiskCache::Unsafe,
+    ] {
+        let bench = make();
+        let disk = DiskSpec {
+            cache,
+            ..bench.disk_spec(&bench.disk)
+        };
+        let machine = match Machine::build(bench.spec("records=600 tick=40", disk, "console")) {
+            // tmpfs of older kernels has no direct I/O.
+            Err(MachineError::Disk { source, .. })
+                if [DiskCache::None, DiskCache::DirectSync].contains(&cache) =>
+            {
+                super::skip("direct I/O", &source.to_string());
+                continue;
+            }
+            machine => machine.unwrap(),
+        };
+        machine.start(false).unwrap();
+        wait_for_end(&machine);
+        bench.wait_line("console", "virtio: blk done records=600");
+        let header = bench.header(machine.regions());
+        assert_eq!((header.acknowledged, header.writing), (600, false));
+        drop(machine);
+        look(&bench, &header, cache);
+    }
 }
