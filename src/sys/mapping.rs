@@ -7,7 +7,8 @@
 use std::any::Any;
 use std::arch::asm;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// A range of this process's address space that backs guest memory.
 ///
@@ -121,14 +122,78 @@ impl GuestMapping {
     }
 }
 
-/// Copies `len` bytes by `rep movsb`, whose racing accesses the compiler cannot reason about.
+/// Bytes of one turn of [`copy_by_vectors`].
+const VECTOR_BYTES: usize = 128;
+
+/// How many times as long copying by string instruction has to take to count as slow. Where it is,
+/// it takes 5 to 50 times as long as vectors; elsewhere it takes no longer than they do.
+const SLOW_FACTOR: u32 = 3;
+
+/// What is copied to measure, in bytes: enough for a slow copy to take 100 us and more, and no more,
+/// because somebody waits for the first copy.
+const PROBE_BYTES: usize = 2048;
+
+/// How often: the shortest counts, as the host may run somebody else meanwhile.
+const PROBES: u32 = 8;
+
+/// More than the clocks of hosts are coarse. A fast copy as a whole takes a tenth of it.
+const PROBE_SLACK: Duration = Duration::from_micros(2);
+
+/// Copies `len` bytes by instructions whose racing accesses the compiler cannot reason about.
 ///
 /// A library `memcpy` on memory that another thread writes is undefined behaviour in Rust; an
-/// opaque instruction is not. All x86-64 CPUs of the last decade copy pages at memory speed so.
+/// opaque instruction is not. `rep movsb` copies pages at memory speed on all x86-64 CPUs of the
+/// last decade, but not where a CPU is emulated, whatever it says of itself: there it takes a
+/// hundred nanoseconds a byte, and a vCPU that waits for a copy of 2 MiB waits for most of a second.
 ///
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes, and the two do not overlap.
 unsafe fn copy_bytes(from: usize, to: usize, len: usize) {
+    static STRINGS_ARE_SLOW: OnceLock<bool> = OnceLock::new();
+    let by_vectors = if *STRINGS_ARE_SLOW.get_or_init(strings_are_slow) {
+        len - len % VECTOR_BYTES
+    } else {
+        0
+    };
+    if by_vectors > 0 {
+        // SAFETY: a part of what the caller vouches for; the length is whole turns, and not 0.
+        unsafe { copy_by_vectors(from, to, by_vectors) };
+    }
+    // SAFETY: the rest of what the caller vouches for.
+    unsafe { copy_by_string(from + by_vectors, to + by_vectors, len - by_vectors) }
+}
+
+/// Returns whether this CPU takes many times as long for `rep movsb` as for a loop.
+///
+/// It takes microseconds, and a millisecond or two where strings are slow. A wrong answer would do
+/// little harm: long copies by vectors are as fast as memory is, too.
+fn strings_are_slow() -> bool {
+    let (from, mut to) = ([1_u8; PROBE_BYTES], [0_u8; PROBE_BYTES]);
+    let (from, to) = (from.as_ptr() as usize, to.as_mut_ptr() as usize);
+    let shortest = |copy: unsafe fn(usize, usize, usize)| {
+        let tries = (0..PROBES).map(|_| {
+            let began = Instant::now();
+            // SAFETY: both are arrays of this function of so many bytes, a multiple of a turn's.
+            unsafe { copy(from, to, PROBE_BYTES) };
+            began.elapsed()
+        });
+        tries.min().unwrap_or_default()
+    };
+    let (string, vectors) = (shortest(copy_by_string), shortest(copy_by_vectors));
+    let slow = string > vectors.saturating_mul(SLOW_FACTOR) + PROBE_SLACK;
+    log::debug!(
+        "{PROBE_BYTES} bytes take {string:?} by a string instruction and {vectors:?} by vectors: \
+         guest memory is copied by {}",
+        if slow { "vectors" } else { "strings" }
+    );
+    slow
+}
+
+/// Copies by the string instruction.
+///
+/// # Safety
+/// As for [`copy_bytes`].
+unsafe fn copy_by_string(from: usize, to: usize, len: usize) {
     // SAFETY: by the function's contract; the direction flag is clear by the ABI.
     unsafe {
         asm!(
@@ -137,6 +202,46 @@ unsafe fn copy_bytes(from: usize, to: usize, len: usize) {
             inout("rsi") from => _,
             inout("rdi") to => _,
             options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Copies by a loop of vector moves.
+///
+/// # Safety
+/// As for [`copy_bytes`], and `len` is a multiple of [`VECTOR_BYTES`], and not 0.
+unsafe fn copy_by_vectors(from: usize, to: usize, len: usize) {
+    // SAFETY: by the function's contract; each turn copies as much as it moves on, and the last
+    // one ends at `len`.
+    unsafe {
+        asm!(
+            "2:",
+            "movups xmm0, [rsi]",
+            "movups xmm1, [rsi + 16]",
+            "movups xmm2, [rsi + 32]",
+            "movups xmm3, [rsi + 48]",
+            "movups xmm4, [rsi + 64]",
+            "movups xmm5, [rsi + 80]",
+            "movups xmm6, [rsi + 96]",
+            "movups xmm7, [rsi + 112]",
+            "movups [rdi], xmm0",
+            "movups [rdi + 16], xmm1",
+            "movups [rdi + 32], xmm2",
+            "movups [rdi + 48], xmm3",
+            "movups [rdi + 64], xmm4",
+            "movups [rdi + 80], xmm5",
+            "movups [rdi + 96], xmm6",
+            "movups [rdi + 112], xmm7",
+            "add rsi, 128",
+            "add rdi, 128",
+            "sub rcx, 128",
+            "jnz 2b",
+            inout("rcx") len => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+            out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+            options(nostack),
         );
     }
 }
@@ -150,6 +255,33 @@ mod tests {
         let hva = memory.as_mut_ptr() as usize;
         // SAFETY: the boxed slice lives in the owner and is reached only by the mapping.
         unsafe { GuestMapping::new(hva, len, Arc::new(memory)) }
+    }
+
+    #[test]
+    fn either_way_copies_every_byte_and_no_other() {
+        type Copy = unsafe fn(usize, usize, usize);
+        let ways: [(Copy, &[usize]); 2] = [
+            (copy_by_string, &[0, 1, 63, 128, 4096]),
+            (copy_by_vectors, &[128, 256, 4096]),
+        ];
+        let from: Vec<u8> = (0..8192_u32).map(|at| (at * 7 % 251) as u8).collect();
+        for (copy, lengths) in ways {
+            for &len in lengths {
+                for at in [0, 1, 9] {
+                    let mut to = vec![0xee_u8; 8192];
+                    let (source, target) = (from.as_ptr() as usize, to.as_mut_ptr() as usize);
+                    // SAFETY: both have 8192 bytes, of which less than 4200 are used.
+                    unsafe { copy(source + at, target + 3, len) };
+                    assert_eq!(to[3..3 + len], from[at..at + len], "{len} from {at}");
+                    assert!(
+                        to[..3]
+                            .iter()
+                            .chain(&to[3 + len..])
+                            .all(|&byte| byte == 0xee)
+                    );
+                }
+            }
+        }
     }
 
     #[test]
