@@ -45,6 +45,14 @@ const JOBS: &[(&str, &str)] = &[
         "linux-crash",
     ),
     (
+        "two_restores_of_one_image_are_machines_of_their_own_each_with_the_clock_asked_for",
+        "linux-clones",
+    ),
+    (
+        "a_stock_kernel_lives_its_life_under_virsh_and_goes_back_to_its_snapshots",
+        "virsh",
+    ),
+    (
         "a_stock_kernel_gives_memory_back_and_takes_it_again",
         "linux-balloon",
     ),
