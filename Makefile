@@ -29,7 +29,7 @@ SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 # virsh is the daemon's client, qemu-img a second opinion on qcow2 images.
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
-PACKAGES_LAB   := qemu-system-x86 e2fsprogs xz-utils procps iproute2
+PACKAGES_LAB   := qemu-system-x86 e2fsprogs xfsprogs xz-utils procps iproute2
 # An installation is used with pkg-config and CMake, and its man pages are checked.
 PACKAGES_INSTALL := make pkg-config cmake groff-base mandoc
 PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind abigail-tools libvirt-clients python3-libvirt virtinst qemu-utils $(PACKAGES_LAB) $(PACKAGES_INSTALL)

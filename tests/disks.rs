@@ -56,7 +56,7 @@ fn a_disk_and_the_memory_of_one_pause_fit_each_other_by_every_protocol() {
         bench.wait_acknowledged(&machine, 64);
         std::thread::sleep(Duration::from_millis(37 * number));
         let (from, to) = (bench.disk.clone(), bench.path("copy.raw"));
-        let reader = bench.checkpoint(&machine, protocol, move |_| {
+        let (reader, _) = bench.checkpoint(&machine, protocol, move |_| {
             fs::copy(&from, &to).unwrap();
         });
         // The guest has written on since the pause: the image has what was there then.

@@ -135,7 +135,7 @@ fn an_image_and_the_memory_of_one_pause_fit_each_other_by_every_protocol() {
         std::thread::sleep(Duration::from_millis(37 * number));
         let disk = machine.disks()[0].clone();
         let paths = ["disk.qcow2", "copy.qcow2", "copy.raw"].map(|name| bench.path(name));
-        let reader = bench.checkpoint(&machine, protocol, move |_: &dyn Guest| {
+        let (reader, _) = bench.checkpoint(&machine, protocol, move |_: &dyn Guest| {
             copy_disk(&*disk, &paths[2]);
             // What QEMU sees of the file itself, when nothing is in memory only.
             disk.flush().unwrap();

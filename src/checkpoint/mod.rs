@@ -70,5 +70,7 @@ pub use rewind::Rewind;
 pub use session::start;
 pub use stalls::StallStatistics;
 pub(crate) use stats::micros;
-pub use stats::{Downtime, Round, StagingStatistics, Statistics, WriteStatistics};
+pub use stats::{
+    DiskMethod, DiskStatistics, Downtime, Round, StagingStatistics, Statistics, WriteStatistics,
+};
 pub use workspace::Workspace;

@@ -64,6 +64,8 @@ pub struct Statistics {
     pub stalls: StallStatistics,
     /// How memory was write-protected; `None` for protocols that do not.
     pub arming: Option<ArmingStatistics>,
+    /// The disks that the guest writes.
+    pub disks: Vec<DiskStatistics>,
     /// What went to the image.
     pub written: WriteStatistics,
     /// Waiting for a lazy restore to fill the guest's memory.
@@ -126,6 +128,28 @@ pub struct Downtime {
     pub resume_us: u64,
     /// The caller's hook; not part of the total.
     pub hook_us: u64,
+}
+
+/// How a disk was captured.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct DiskStatistics {
+    /// Its name, as in `vda`.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// What was done.
+    pub method: DiskMethod,
+}
+
+/// What kept a disk as it was in the pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMethod {
+    /// A file that shares the disk's blocks; writes to the disk did not wait.
+    Reflink,
+    /// What the guest was about to write was read first.
+    CopyBeforeWrite,
 }
 
 /// The memory between capture and disk.

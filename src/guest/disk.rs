@@ -29,6 +29,16 @@ pub trait WriteObserver: Send + Sync {
     fn before_write(&self, offset: u64, bytes: u64);
 }
 
+/// A disk as it was at a moment, for as long as this is kept. Every method may be called from any
+/// thread, and blocks for storage.
+pub trait FrozenDisk: Send + Sync + fmt::Debug {
+    /// As [`GuestDisk::read_at`].
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// As [`GuestDisk::next_data`].
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+}
+
 /// A disk of a guest. Every method may be called from any thread.
 pub trait GuestDisk: Send + Sync + fmt::Debug {
     /// Returns what it is.
@@ -40,6 +50,13 @@ pub trait GuestDisk: Send + Sync + fmt::Debug {
     /// Returns the first range from `offset` on that may hold something else than zeros; `None`
     /// where the rest of the disk is zeros.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// Returns the disk as it is now, made without copying; `None` where its file system cannot.
+    /// Later writes do not change it; it is of one moment only where nobody writes meanwhile.
+    /// Blocks for storage, until what was written is there: the second of two calls is quick.
+    fn freeze(&self) -> io::Result<Option<Box<dyn FrozenDisk>>> {
+        Ok(None)
+    }
 
     /// Sets or takes away who is told of writes. Set only between a guest's pause and its resume:
     /// then no write is on its way.

@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::FrozenDisk;
 use crate::sys::lock::Holder;
 
 /// A file with a disk, or with an image of one, that cannot be used.
@@ -76,6 +77,10 @@ pub trait DiskImage: Send + Sync + fmt::Debug {
     /// Writes what is in memory to the file: what was written before outlives this process. With
     /// `durable`, it is on stable storage after.
     fn flush(&self, durable: bool) -> io::Result<()>;
+
+    /// Returns the disk as it is now, made without copying; `None` where the file system cannot.
+    /// Later writes do not change it; it is of one moment only where nobody writes meanwhile.
+    fn freeze(&self) -> io::Result<Option<Box<dyn FrozenDisk>>>;
 
     /// Returns the first range from `offset` on that may hold something else than zeros; `None`
     /// where the rest of the disk is zeros.

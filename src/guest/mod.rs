@@ -18,7 +18,7 @@ use crate::page::{Gfn, PageRun};
 use crate::state::{HostFacts, StateSection};
 use crate::sys::mapping::GuestMapping;
 
-pub use disk::{DiskFacts, GuestDisk, WriteObserver};
+pub use disk::{DiskFacts, FrozenDisk, GuestDisk, WriteObserver};
 pub use gate::{GateTimeout, VcpuGate};
 pub use host_writes::{Discard, DiscardObserver, HostWriteSource, HostWrites};
 pub use image::{DiskImage, ImageError, ImageFormat};

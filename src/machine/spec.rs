@@ -399,6 +399,13 @@ pub enum DiskCache {
     Unsafe,
 }
 
+impl DiskCache {
+    /// Returns whether it goes past the page cache.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::DirectSync)
+    }
+}
+
 /// The guest's clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockSpec {

@@ -17,12 +17,13 @@ use imago::raw::Raw;
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping,
 };
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl};
 
 use super::header::{self, Header};
 use super::{LAYERS_MAX, NAME, unusable};
-use crate::guest::{DiskImage, ImageError, ImageFormat};
+use crate::guest::{DiskImage, FrozenDisk, ImageError, ImageFormat};
 use crate::sys::lock::holder_of;
+use crate::sys::reflink::{Snapshot, Snapshots};
 
 /// Bytes of zeros that are written at a time where the format cannot say it.
 const ZEROS_BYTES: usize = 1 << 20;
@@ -50,7 +51,9 @@ impl ImageFormat for Qcow2Format {
     ) -> Result<Box<dyn DiskImage>, ImageError> {
         let mut files = Vec::new();
         let (access, header) = open_layer(file, path, writable, &mut files)?;
-        Ok(Box::new(Image::new(path, access, header, files)))
+        let mut image = Image::new(path, access, header, files);
+        image.snapshots = writable.then(|| Snapshots::of(path));
+        Ok(Box::new(image))
     }
 
     fn create(
@@ -113,10 +116,7 @@ fn open_layer(
         return Err(unusable(path, why));
     }
     files.push(duplicate(&file, path)?);
-    // Direct I/O takes aligned memory only: a header is read by the page cache.
-    let by_cache = File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
-        .map_err(ImageError::io("open", path))?;
-    let header = header::read(&by_cache, path, writable)?;
+    let header = read_header(&file, path, writable)?;
     let backing = open_backing(&header, path, files)?;
     let storage = storage(file, path)?;
     let opened = guarded(|| {
@@ -132,6 +132,17 @@ fn open_layer(
         _ => unusable(path, error.to_string()),
     })?;
     Ok((FormatAccess::new(opened), header))
+}
+
+fn read_header(file: &File, path: &Path, writable: bool) -> Result<Header, ImageError> {
+    let flags = fcntl_getfl(file).map_err(|error| ImageError::io("examine", path)(error.into()))?;
+    if !flags.contains(OFlags::DIRECT) {
+        return header::read(file, path, writable);
+    }
+    // Direct I/O takes aligned memory only: a header is read by the page cache.
+    let by_cache = File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+        .map_err(ImageError::io("open", path))?;
+    header::read(&by_cache, path, writable)
 }
 
 /// Opens the file that the image at `path` is based on, if any, and locks it against writers.
@@ -181,6 +192,15 @@ struct Image {
     access: RwLock<Option<Access>>,
     /// The tables in memory may be half changed: nothing is done any more.
     is_broken: AtomicBool,
+    /// Of the file; `None` where nobody asks for any.
+    snapshots: Option<Snapshots>,
+}
+
+/// An image as it was.
+#[derive(Debug)]
+struct FrozenImage {
+    image: Image,
+    _snapshot: Snapshot,
 }
 
 impl fmt::Debug for Image {
@@ -200,6 +220,7 @@ impl Image {
             files,
             access: RwLock::new(Some(access)),
             is_broken: AtomicBool::new(false),
+            snapshots: None,
         }
     }
 
@@ -320,6 +341,31 @@ impl DiskImage for Image {
         })
     }
 
+    fn freeze(&self) -> io::Result<Option<Box<dyn FrozenDisk>>> {
+        let Some(snapshots) = &self.snapshots else {
+            return Ok(None);
+        };
+        // What waits for the disk does so here, and not when the guest cannot even read.
+        if snapshots.take(&self.files[0]).is_none() {
+            return Ok(None);
+        }
+        // Alone, so that no table changes between their writing and the snapshot.
+        let snapshot = self.with_alone(|access| {
+            access.flush()?;
+            Ok(snapshots.take(&self.files[0]))
+        })?;
+        let Some(snapshot) = snapshot else {
+            return Ok(None);
+        };
+        let mut files = Vec::new();
+        let opened = open_layer(snapshot.file()?, &self.path, false, &mut files);
+        let (access, header) = opened.map_err(io::Error::other)?;
+        Ok(Some(Box::new(FrozenImage {
+            image: Self::new(&self.path, access, header, files),
+            _snapshot: snapshot,
+        })))
+    }
+
     fn next_data(&self, mut offset: u64) -> io::Result<Option<Range<u64>>> {
         let bytes = self.header.bytes;
         self.with(|access| {
@@ -334,6 +380,16 @@ impl DiskImage for Image {
             }
             Ok(None)
         })
+    }
+}
+
+impl FrozenDisk for FrozenImage {
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        self.image.read_at(out, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.image.next_data(offset)
     }
 }
 

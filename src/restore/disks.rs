@@ -31,7 +31,8 @@ pub enum DiskError {
 /// Writes disk `disk` of the image, by its place in the manifest, to `file`: an empty regular file,
 /// or a block device. Returns once it is on stable storage.
 ///
-/// Every block is checked before it is written. What is zeros becomes a hole in a file.
+/// Every block is checked before it is written. What is zeros becomes a hole in a file; what is not
+/// compressed in the image shares its blocks with the file, where the file system has that.
 ///
 /// # Panics
 /// When the image has no such disk.
@@ -45,6 +46,7 @@ pub fn write(reader: &ImageReader, disk: usize, file: &File) -> Result<(), DiskE
         file.set_len(bytes)?;
     }
     let mut scratch = ReadScratch::default();
+    let mut shares = !is_device;
     for chunk in reader.disk_chunks(frames) {
         let raw = reader.read_chunk(chunk, &mut scratch)?;
         for part in reader.runs_of_chunk(chunk) {
@@ -55,6 +57,14 @@ pub fn write(reader: &ImageReader, disk: usize, file: &File) -> Result<(), DiskE
             let data = part.bytes_in(raw);
             // The last block may go on behind the disk's end.
             let left = usize::try_from(bytes - offset).unwrap_or(usize::MAX);
+            if shares && data.len() <= left && reader.is_plain(chunk) {
+                let from = part.first_page * PAGE_BYTES;
+                // Where one cannot be shared, no other can.
+                shares = reader.share_chunk(chunk, from, data.len(), file, offset);
+                if shares {
+                    continue;
+                }
+            }
             file.write_all_at(&data[..data.len().min(left)], offset)?;
         }
     }

@@ -1,6 +1,7 @@
 //! Reading an image that may be damaged or hostile.
 
 use std::fmt;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use crate::store::chain;
 use crate::store::codec::Decompressor;
 use crate::store::disks;
 use crate::store::error::{Damage, Place, StoreError};
-use crate::store::format::{Chunk, ChunkCodec, RunSource, narrow};
+use crate::store::format::{Chunk, ChunkCodec, RunSource, narrow, wide};
 use crate::store::index::PageIndex;
 use crate::store::layer::{self, Layer};
 use crate::store::leaves::{LeafDigests, Split};
@@ -254,6 +255,29 @@ impl ImageReader {
             .decompress(record.codec, stored, raw)
             .map_err(|reason| Damage::new(place, reason).of(&file.path))?;
         Ok(raw)
+    }
+
+    /// Returns whether chunk `chunk` is in its file as its pages are.
+    ///
+    /// # Panics
+    /// When there is no such chunk.
+    pub fn is_plain(&self, chunk: usize) -> bool {
+        let record = self.chunks.get(chunk).expect("chunks are counted");
+        record.codec == ChunkCodec::None
+    }
+
+    /// Has `to` share a part of chunk `chunk`, which is plain, from `at` on, without copying:
+    /// `bytes` bytes from `from` on, in whole pages. False where that cannot be. Checks nothing:
+    /// [`ImageReader::read_chunk`] does.
+    ///
+    /// # Panics
+    /// When there is no such chunk, or it has no such part.
+    pub fn share_chunk(&self, chunk: usize, from: usize, bytes: usize, to: &File, at: u64) -> bool {
+        let record = self.chunks.get(chunk).expect("chunks are counted");
+        assert!(from + bytes <= record.raw_bytes(), "inside the chunk");
+        let (file, _) = self.file_of(chunk);
+        let offset = record.offset + wide(from);
+        self.is_plain(chunk) && file.share(offset, wide(bytes), to, at).is_ok()
     }
 
     /// Reads one guest page into `out`; false where no region holds it.

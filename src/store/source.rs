@@ -1,5 +1,7 @@
 //! One file of images: its header, its manifest and its tables, believed only with their digests.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
@@ -58,6 +60,11 @@ impl LeasedFile {
     /// Returns whether `path` names this very file.
     pub(crate) fn is_at(&self, path: &Path) -> Result<bool, StoreError> {
         self.file.is_at(path).map_err(StoreError::io("find", path))
+    }
+
+    /// Has `to` share a range of the file, without copying.
+    pub(crate) fn share(&self, offset: u64, bytes: u64, to: &File, at: u64) -> io::Result<()> {
+        self.file.share(offset, bytes, to, at)
     }
 
     pub(crate) fn source(&self) -> Source<'_> {

@@ -13,6 +13,7 @@ pub mod missing;
 pub mod pagemap;
 pub mod passed_fds;
 pub mod priority;
+pub mod reflink;
 pub mod sigmask;
 pub mod signal;
 pub mod tap;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use livepoint::checkpoint::{self, CheckpointOptions, Protocol};
+use livepoint::checkpoint::{self, CheckpointOptions, Protocol, Statistics};
 use livepoint::guest::{Guest, MemoryRegion};
 use livepoint::guests;
 use livepoint::machine::spec::{
@@ -41,7 +41,12 @@ impl DiskBench {
 
     /// Makes the directory; the disk `name` in it is the caller's to make.
     pub fn without_disk(name: &str, format: DiskFormat) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::inside(&std::env::temp_dir(), name, format)
+    }
+
+    /// The same below another directory.
+    pub fn inside(parent: &Path, name: &str, format: DiskFormat) -> Self {
+        let dir = tempfile::tempdir_in(parent).unwrap();
         let disk = dir.path().join(name);
         Self { dir, disk, format }
     }
@@ -124,7 +129,7 @@ impl DiskBench {
         machine: &Arc<Machine>,
         protocol: Protocol,
         in_pause: impl Fn(&dyn Guest) + Send + Sync + 'static,
-    ) -> ImageReader {
+    ) -> (ImageReader, Arc<Statistics>) {
         let called = Arc::new(AtomicU32::new(0));
         let mut options = CheckpointOptions::default();
         options.protocol = protocol;
@@ -136,14 +141,13 @@ impl DiskBench {
         }));
         let image = self.path("image.lpi");
         let job = checkpoint::start(machine.clone(), Arc::new(FileStorage), &image, options);
-        job.unwrap()
-            .wait()
-            .unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
+        let report = job.unwrap().wait();
+        let report = report.unwrap_or_else(|error| panic!("{protocol}: {error:?}"));
         assert_eq!(called.load(Ordering::Relaxed), 1);
         let reader = ImageReader::open(&FileStorage, &image).unwrap();
         assert_eq!(reader.manifest().disks.len(), 1);
         reader.verify(2).unwrap();
-        reader
+        (reader, report.statistics)
     }
 
     /// Restores `image.lpi` with its disk at `disk`; the console is `restored`.

@@ -239,7 +239,9 @@ impl Session {
         drop(image);
         let captured = protocol::capture(self)?;
         self.disk_crew.join()?;
-        self.disks = None;
+        if let Some(disks) = self.disks.take() {
+            self.statistics.disks = disks.statistics();
+        }
         self.job.enter(Phase::Committing)?;
         self.commit(captured, storage)
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::store::backend::{EntryKind, LockKind, Storage, StorageFile};
 use crate::sys::lock::{self, Holder};
-use crate::sys::writeback;
+use crate::sys::{reflink, writeback};
 
 /// Keeps images in files.
 #[derive(Clone, Copy, Debug, Default)]
@@ -143,6 +143,10 @@ impl StorageFile for OpenedFile {
 
     fn holder(&self) -> Option<Holder> {
         lock::holder_of(&self.0)
+    }
+
+    fn share(&self, offset: u64, bytes: u64, to: &File, at: u64) -> io::Result<()> {
+        reflink::share(&self.0, offset, bytes, to, at)
     }
 
     fn is_at(&self, path: &Path) -> io::Result<bool> {

@@ -11,6 +11,7 @@ mod noise;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
@@ -105,6 +106,13 @@ pub trait StorageFile: Send + Sync + fmt::Debug {
 
     /// Returns somebody who holds a lock on the file, where that can be known.
     fn holder(&self) -> Option<Holder>;
+
+    /// Has `bytes` bytes of `to` from `at` on share blocks with this file's from `offset` on, whole
+    /// blocks both, without copying. An error says that it cannot be.
+    fn share(&self, offset: u64, bytes: u64, to: &File, at: u64) -> io::Result<()> {
+        let _ = (offset, bytes, to, at);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Returns whether `path` still names this very file.
     fn is_at(&self, path: &Path) -> io::Result<bool>;

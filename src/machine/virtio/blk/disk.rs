@@ -13,7 +13,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::raw::RawFile;
-use crate::guest::{DiskFacts, DiskImage, GuestDisk, ImageError, WriteObserver};
+use crate::guest::{DiskFacts, DiskImage, FrozenDisk, GuestDisk, ImageError, WriteObserver};
 use crate::machine::spec::{DiskCache, DiskFormat, DiskSpec};
 use crate::sys::lock::holder_of;
 
@@ -101,7 +101,7 @@ impl Disk {
     /// Opens and locks the disk.
     pub fn open(spec: &DiskSpec) -> Result<Self, DiskError> {
         let path = &spec.path;
-        let direct = matches!(spec.cache, DiskCache::None | DiskCache::DirectSync);
+        let direct = spec.cache.is_direct();
         let synced = matches!(spec.cache, DiskCache::WriteThrough | DiskCache::DirectSync);
         let flag = |on, flag| if on { flag } else { 0 };
         let file = OpenOptions::new()
@@ -113,7 +113,7 @@ impl Disk {
         lock(&file, spec)?;
         let (storage, bytes) = match spec.format {
             DiskFormat::Raw => {
-                let raw = RawFile::new(file, path, direct)?;
+                let raw = RawFile::new(file, spec)?;
                 let bytes = raw.bytes();
                 (Storage::Raw(raw), bytes)
             }
@@ -296,6 +296,13 @@ impl GuestDisk for Disk {
         match &self.storage {
             Storage::Raw(raw) => raw.next_data(offset),
             Storage::Image(image) => image.next_data(offset),
+        }
+    }
+
+    fn freeze(&self) -> io::Result<Option<Box<dyn FrozenDisk>>> {
+        match &self.storage {
+            Storage::Raw(raw) => raw.freeze(),
+            Storage::Image(image) => image.freeze(),
         }
     }
 

@@ -13,6 +13,9 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::disk::{DiskError, SECTOR_BYTES};
+use crate::guest::FrozenDisk;
+use crate::machine::spec::DiskSpec;
+use crate::sys::reflink::{Snapshot, Snapshots};
 use crate::sys::volatile_io;
 
 /// The alignments that direct I/O may need, smallest first.
@@ -25,17 +28,28 @@ pub(super) struct RawFile {
     bytes: u64,
     /// What direct I/O has to be aligned to; `None` where it goes by the page cache.
     alignment: Option<u32>,
+    /// Of the file; `None` where nobody asks for any.
+    snapshots: Option<Snapshots>,
+}
+
+/// A file as it was.
+#[derive(Debug)]
+struct FrozenFile {
+    raw: RawFile,
+    _snapshot: Snapshot,
 }
 
 impl RawFile {
-    /// Takes a file that is open and locked; `direct` where it was opened with `O_DIRECT`.
-    pub(super) fn new(file: File, path: &Path, direct: bool) -> Result<Self, DiskError> {
+    /// Takes the file of a disk that is open and locked.
+    pub(super) fn new(file: File, spec: &DiskSpec) -> Result<Self, DiskError> {
+        let (path, direct) = (&spec.path, spec.cache.is_direct());
         let bytes = bytes_of(&file, path)?;
         let alignment = direct.then(|| direct_alignment(&file, path)).transpose()?;
         Ok(Self {
             file,
             bytes,
             alignment,
+            snapshots: (!spec.read_only).then(|| Snapshots::of(path)),
         })
     }
 
@@ -131,6 +145,24 @@ impl RawFile {
         Ok(Some(start..end))
     }
 
+    /// Returns the file as it is now; `None` where its file system cannot.
+    pub(super) fn freeze(&self) -> io::Result<Option<Box<dyn FrozenDisk>>> {
+        let snapshots = self.snapshots.as_ref();
+        let Some(snapshot) = snapshots.and_then(|snapshots| snapshots.take(&self.file)) else {
+            return Ok(None);
+        };
+        let raw = Self {
+            file: snapshot.file()?,
+            bytes: self.bytes,
+            alignment: None,
+            snapshots: None,
+        };
+        Ok(Some(Box::new(FrozenFile {
+            raw,
+            _snapshot: snapshot,
+        })))
+    }
+
     /// Returns the alignment of direct I/O where it does not take these buffers as they are.
     fn bounces<B: BitmapSlice>(&self, slices: &[VolatileSlice<'_, B>]) -> Option<u32> {
         let alignment = self.alignment?;
@@ -140,6 +172,16 @@ impl RawFile {
             start.is_multiple_of(block) && slice.len().is_multiple_of(block)
         });
         (!fits).then_some(alignment)
+    }
+}
+
+impl FrozenDisk for FrozenFile {
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        self.raw.read_at(out, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.raw.next_data(offset)
     }
 }
 

@@ -6,17 +6,27 @@
 //! its own, over a bounded queue: when the image's storage is slow, the sweep waits, and so does a
 //! guest that writes what the sweep has not come to.
 //!
+//! Where the disk's file system lets two files share their blocks, the disk is *frozen* instead, right
+//! after the pause: whoever wants to write waits until a file is there that is the disk as it was, and
+//! which the sweep then reads. Nobody waits after that.
+//!
 //! There is no layer over the disk that would have to be merged back: whenever this process dies,
 //! the disk's own file has all that the guest flushed.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use crate::checkpoint::control::Control;
 use crate::checkpoint::crew::Crew;
 use crate::checkpoint::error::{CheckpointError, Halt};
-use crate::guest::{DiskFacts, GuestDisk, WriteObserver};
+use crate::checkpoint::stats::{DiskMethod, DiskStatistics};
+use crate::guest::{DiskFacts, FrozenDisk, GuestDisk, WriteObserver};
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PIECE_PAGES, PageRun};
 use crate::store::{ChunkPages, ChunkScratch, DiskLayout, ImageWriter, ReadOnlyDisk};
 
@@ -48,6 +58,8 @@ struct State {
     pieces: Vec<Piece>,
     /// Nothing is kept any more: everybody may write.
     released: bool,
+    /// It is not known yet whether the disk can be frozen: nobody may write.
+    is_freezing: bool,
 }
 
 /// One disk while it is copied.
@@ -56,6 +68,10 @@ struct Copying {
     disk: Arc<dyn GuestDisk>,
     bytes: u64,
     control: Arc<Control>,
+    /// Whether the disk can probably be frozen.
+    may_freeze: bool,
+    /// The disk as it was in the pause, where it could be frozen.
+    frozen: OnceLock<Box<dyn FrozenDisk>>,
     state: Mutex<State>,
     changed: Condvar,
     free: Receiver<Vec<u8>>,
@@ -119,12 +135,16 @@ impl DiskCopies {
                 let pieces = vec![Piece::Todo; count.expect("limits keep disks addressable")];
                 Arc::new(Copying {
                     number,
-                    disk,
                     bytes,
                     control: control.clone(),
+                    // Tried now, so that it is quick when the guest waits for it.
+                    may_freeze: matches!(disk.freeze(), Ok(Some(_))),
+                    frozen: OnceLock::new(),
+                    disk,
                     state: Mutex::new(State {
                         pieces,
                         released: false,
+                        is_freezing: false,
                     }),
                     changed: Condvar::new(),
                     free: free.clone(),
@@ -149,6 +169,7 @@ impl DiskCopies {
         let (swept, for_sweep) = (disks.clone(), control.clone());
         crew.spawn("lvp-disk-scan", move || {
             for_sweep.wait(&start)?;
+            swept.iter().for_each(|disk| disk.freeze());
             for disk in swept {
                 disk.sweep()?;
                 disk.end();
@@ -162,6 +183,7 @@ impl DiskCopies {
     /// From here on nothing that is on the disks is lost. Called in the pause.
     pub(crate) fn begin(&self) {
         for disk in &self.disks {
+            disk.lock().is_freezing = disk.may_freeze;
             let observer: Arc<dyn WriteObserver> = disk.clone();
             disk.disk.set_write_observer(Some(observer));
         }
@@ -172,6 +194,22 @@ impl DiskCopies {
         if let Some(go) = self.go.take() {
             go.send(()).ok();
         }
+    }
+
+    /// Returns how each was captured.
+    pub(crate) fn statistics(&self) -> Vec<DiskStatistics> {
+        let disks = self.disks.iter();
+        disks
+            .map(|disk| DiskStatistics {
+                name: disk.disk.facts().name,
+                bytes: disk.bytes,
+                method: if disk.frozen.get().is_some() {
+                    DiskMethod::Reflink
+                } else {
+                    DiskMethod::CopyBeforeWrite
+                },
+            })
+            .collect()
     }
 }
 
@@ -189,8 +227,41 @@ impl Copying {
     /// Lets everybody write.
     fn end(&self) {
         self.disk.set_write_observer(None);
-        self.lock().released = true;
+        let mut state = self.lock();
+        (state.released, state.is_freezing) = (true, false);
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Freezes the disk where that can be, and lets everybody write; else all goes on by pieces.
+    fn freeze(&self) {
+        if !self.lock().is_freezing {
+            return;
+        }
+        match self.disk.freeze() {
+            Ok(Some(frozen)) => {
+                self.frozen.set(frozen).expect("frozen once");
+                self.disk.set_write_observer(None);
+            }
+            Ok(None) => {}
+            Err(error) => log::info!("disk {} is copied: {error}", self.disk.facts().name),
+        }
+        self.lock().is_freezing = false;
+        self.changed.notify_all();
+    }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        match self.frozen.get() {
+            Some(frozen) => frozen.read_at(out, offset),
+            None => self.disk.read_at(out, offset),
+        }
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        match self.frozen.get() {
+            Some(frozen) => frozen.next_data(offset),
+            None => self.disk.next_data(offset),
+        }
     }
 
     /// Reads what nobody else has read, in order.
@@ -201,7 +272,7 @@ impl Copying {
         while next < count {
             self.control.check()?;
             let at = (next * PIECE_BYTES) as u64;
-            let data = self.disk.next_data(at).map_err(failed(&name))?;
+            let data = self.next_data(at).map_err(failed(&name))?;
             let data = data.map_or(self.bytes, |range| range.start);
             // A hole up to there: kept, if nobody has written into it meanwhile.
             let end = usize::try_from(data / PIECE_BYTES as u64).expect("inside the disk");
@@ -252,7 +323,7 @@ impl Copying {
         data.clear();
         data.resize(len.next_multiple_of(PAGE_BYTES), 0);
         let offset = (piece * PIECE_BYTES) as u64;
-        let read = self.disk.read_at(&mut data[..len], offset);
+        let read = self.read_at(&mut data[..len], offset);
         read.map_err(failed(&self.disk.facts().name))?;
         self.pass_on(piece, Some(data))
     }
@@ -282,6 +353,12 @@ impl Copying {
 impl WriteObserver for Copying {
     fn before_write(&self, offset: u64, bytes: u64) {
         if bytes == 0 {
+            return;
+        }
+        let waits = |state: &mut State| state.is_freezing;
+        let waited = self.changed.wait_while(self.lock(), waits);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        if self.frozen.get().is_some() {
             return;
         }
         let piece = |at: u64| usize::try_from(at / PIECE_BYTES as u64).unwrap_or(usize::MAX);
@@ -332,72 +409,4 @@ fn write_staged(
         recycle.send(data).ok();
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io;
-    use std::ops::Range;
-    use std::sync::atomic::{AtomicU64, Ordering};
-    use std::time::{Duration, Instant};
-
-    use crate::store::{FileStorage, RegionLayout, WriteOptions};
-
-    const BYTES: u64 = 8 * PIECE_BYTES as u64;
-
-    /// A disk that cannot be read; counts what it was asked for.
-    #[derive(Debug, Default)]
-    struct Unreadable(AtomicU64);
-
-    impl GuestDisk for Unreadable {
-        fn facts(&self) -> DiskFacts {
-            DiskFacts {
-                name: "vda".to_owned(),
-                path: "/x".into(),
-                bytes: BYTES,
-                read_only: false,
-                modified_ns: 0,
-            }
-        }
-        fn read_at(&self, _out: &mut [u8], _offset: u64) -> io::Result<()> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            Err(io::ErrorKind::Interrupted.into())
-        }
-        fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-            Ok(Some(offset..BYTES))
-        }
-        fn set_write_observer(&self, _observer: Option<Arc<dyn WriteObserver>>) {}
-    }
-
-    #[test]
-    fn a_disk_that_cannot_be_read_fails_the_checkpoint_and_not_the_guests_write() {
-        let dir = tempfile::tempdir().unwrap();
-        let region = RegionLayout {
-            slot: 0,
-            start: Gfn(0),
-            page_count: 1,
-        };
-        let disk = Arc::new(Unreadable::default());
-        let disks: Vec<Arc<dyn GuestDisk>> = vec![disk.clone()];
-        let options = WriteOptions {
-            disks: describe(&disks).0,
-            ..WriteOptions::default()
-        };
-        let path = dir.path().join("image.lpi");
-        let image = ImageWriter::create(Arc::new(FileStorage), &path, &[region], &options);
-        let image = Arc::new(image.unwrap());
-        let control = Arc::new(Control::new());
-        let mut crew = Crew::new(control.clone(), Arc::default());
-        let copies = DiskCopies::new(disks, &image, &control, &mut crew).unwrap();
-        let copying = copies.disks[0].clone();
-        for at in 0..8 {
-            copying.before_write(at * PIECE_BYTES as u64, 4096);
-        }
-        assert_eq!(disk.0.load(Ordering::Relaxed), 1, "nothing more is read");
-        let reason = control.wait_for_reason(Duration::from_secs(60)).unwrap();
-        assert!(matches!(reason, CheckpointError::Disk { .. }), "{reason}");
-        drop(copies);
-        assert!(crew.join_until(Instant::now() + Duration::from_secs(60)));
-    }
 }
