@@ -15,7 +15,7 @@ use crate::checkpoint::layout::PIECE;
 use crate::checkpoint::options::{CheckpointOptions, Protocol};
 use crate::checkpoint::policy::Policy;
 use crate::checkpoint::sample::{Look, sample_writes};
-use crate::checkpoint::session::Session;
+use crate::checkpoint::session::{Session, Work};
 use crate::checkpoint::stats::micros;
 use crate::checkpoint::tracker::{DirtySet, WriteProtection};
 use crate::page::{PAGE_BYTES, PIECE_BYTES};
@@ -341,7 +341,7 @@ fn write_rate(session: &mut Session, storage: &Arc<dyn Storage>, path: &Path) ->
     let cap = session.options.max_bandwidth.unwrap_or(u64::MAX);
     let (storage, path) = (storage.clone(), path.to_owned());
     // On a thread that can be abandoned: the disk may not answer.
-    let measured = session.offload("lvp-probe", move || {
+    let measured = session.offload(Work::Storage, "lvp-probe", move || {
         probe_rate(storage.as_ref(), &path, durable).map_err(CheckpointError::store("begin"))
     })?;
     Ok(measured.min(cap))

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use super::args::WorkerArgs;
 use crate::host::confine::{Confinement, User};
 use crate::host::control::ControlSocket;
-use crate::host::{DomainOptions, FinalState, HostError, RuntimeDir, WhenOpen};
+use crate::host::{DomainOptions, FinalState, HostError, RuntimeDir, WhenOpen, write_whole_file};
 
 /// What a worker has made ahead, because it may not be able to later.
 #[derive(Debug, Default)]
@@ -78,14 +78,8 @@ impl Kept {
         let written = match &mut self.final_state {
             // Whoever finds half of it finds no state.
             Some(kept) => kept.write_all(&json),
-            None => write_whole(file, &json),
+            None => write_whole_file(file, &json),
         };
         written.with_context(|| format!("could not write {}", file.display()))
     }
-}
-
-fn write_whole(file: &Path, json: &[u8]) -> io::Result<()> {
-    let written = file.with_extension("new");
-    std::fs::write(&written, json)?;
-    std::fs::rename(&written, file)
 }

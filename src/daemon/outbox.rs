@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::error::DaemonError;
-use super::paths::{Paths, make_dir, remove, sync_dir_of};
+use super::paths::{Paths, make_dir, remove};
 use crate::host::confine::User;
+use crate::host::sync_dir_of;
 
 /// Mode of directories that a worker of another user passes through, and cannot list.
 const PASSED_THROUGH: u32 = 0o711;

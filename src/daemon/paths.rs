@@ -1,14 +1,14 @@
 //! Where the daemon keeps things, and how files are written whole or not at all.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::fs;
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::error::DaemonError;
-use crate::host::RuntimeDir;
+use crate::host::{RuntimeDir, sync_dir_of, write_whole_file};
 
 /// Longest file name of a domain or snapshot, less an ending.
 const ENCODED_BYTES_MAX: usize = 240;
@@ -99,17 +99,7 @@ pub(super) fn make_dir(dir: &Path) -> Result<(), DaemonError> {
 
 /// Replaces a file: whoever reads it, also after a crash, finds the old content or the new one.
 pub(super) fn write_whole(path: &Path, content: &[u8]) -> Result<(), DaemonError> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
-    let new = path.with_file_name(name);
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&new)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&new, path)?;
-        sync_dir_of(path)
-    };
-    write().map_err(|source| DaemonError::path("write", path, source))
+    write_whole_file(path, content).map_err(|source| DaemonError::path("write", path, source))
 }
 
 /// Removes a file, if it is there, so that it stays removed.
@@ -120,11 +110,6 @@ pub(super) fn remove(path: &Path) -> Result<(), DaemonError> {
         }
         _ => Ok(()),
     }
-}
-
-/// Makes the name of a file durable.
-pub(super) fn sync_dir_of(path: &Path) -> io::Result<()> {
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 
 /// Returns a name as a file's name: what could be anything but a name is written as `%xx`. `None`
@@ -163,13 +148,10 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_replaced_whole() {
+    fn a_file_is_removed_if_it_is_there() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         write_whole(&file, b"one").unwrap();
-        write_whole(&file, b"two").unwrap();
-        assert_eq!(fs::read(&file).unwrap(), b"two");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         remove(&file).unwrap();
         remove(&file).unwrap();
     }

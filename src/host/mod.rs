@@ -41,6 +41,7 @@ pub use crate::sys::lock::LockFile;
 pub use crate::sys::passed_fds::take as take_passed_descriptors;
 pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;
+pub use crate::sys::whole_file::{sync_dir_of, write as write_whole_file};
 pub use console::duplicate as duplicate_descriptor;
 pub use disks::DiskRestore;
 pub use domain::{

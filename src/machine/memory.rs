@@ -4,17 +4,18 @@
     reason = "maps guest memory and hands it to vm-memory by address"
 )]
 
+mod marks;
+mod populate;
+mod slots;
+
 use std::fs;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
-use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -24,20 +25,13 @@ use crate::page::{Gfn, PAGE_BYTES, PageRun};
 use crate::sys::anon;
 use crate::sys::frozen::{self, Freezer, FrozenMemory};
 use crate::sys::mapping::GuestMapping;
-
-/// Where the hole for devices below 4 GiB starts.
-pub const HOLE_START: u64 = 3 << 30;
-/// Where it ends, and memory goes on.
-pub const HOLE_END: u64 = 4 << 30;
+pub use marks::{MarkHostWrites, MarkHostWritesPart};
+use populate::populate;
+pub use slots::{HOLE_END, HOLE_START, layout};
+use slots::{divide, slot_bytes};
 
 /// The least memory: boot data and the first MiB of a PC.
 pub const MEMORY_BYTES_MIN: u64 = 1 << 20;
-
-/// What one thread populates at a time.
-const POPULATE_CHUNK_BYTES: usize = 256 << 20;
-
-/// The most threads that populate memory: more do not make the kernel clear pages faster.
-const POPULATE_THREADS_MAX: usize = 8;
 
 /// Guest memory that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -116,73 +110,6 @@ impl MemoryError {
 /// Guest memory as vm-memory sees it; what is written through it is marked in [`HostWrites`].
 pub type GuestMemory = vm_memory::GuestMemoryMmap<MarkHostWrites>;
 
-/// Tells [`HostWrites`] of what the VMM writes. vm-memory calls it after the write.
-#[derive(Clone, Debug)]
-pub struct MarkHostWrites {
-    writes: Arc<HostWrites>,
-    gpa: u64,
-}
-
-/// A part of [`MarkHostWrites`].
-#[derive(Clone, Copy, Debug)]
-pub struct MarkHostWritesPart<'a> {
-    writes: &'a HostWrites,
-    gpa: u64,
-}
-
-impl MarkHostWritesPart<'_> {
-    /// Returns where in guest memory the part begins.
-    pub fn gpa(&self) -> u64 {
-        self.gpa
-    }
-}
-
-impl<'a> WithBitmapSlice<'a> for MarkHostWrites {
-    type S = MarkHostWritesPart<'a>;
-}
-
-impl Bitmap for MarkHostWrites {
-    fn mark_dirty(&self, offset: usize, len: usize) {
-        self.slice_at(offset).mark_dirty(0, len);
-    }
-
-    fn dirty_at(&self, _offset: usize) -> bool {
-        // The engine takes the marks from `HostWrites`; nobody asks here.
-        false
-    }
-
-    fn slice_at(&self, offset: usize) -> MarkHostWritesPart<'_> {
-        MarkHostWritesPart {
-            writes: &self.writes,
-            gpa: self.gpa + offset as u64,
-        }
-    }
-}
-
-impl<'part> WithBitmapSlice<'_> for MarkHostWritesPart<'part> {
-    // A part of a part lives as long as the whole: vm-memory asks for one type of slices.
-    type S = MarkHostWritesPart<'part>;
-}
-
-impl BitmapSlice for MarkHostWritesPart<'_> {}
-
-impl<'part> Bitmap for MarkHostWritesPart<'part> {
-    fn mark_dirty(&self, offset: usize, len: usize) {
-        self.writes.mark_dirty(self.gpa + offset as u64, len as u64);
-    }
-
-    fn dirty_at(&self, _offset: usize) -> bool {
-        false
-    }
-
-    fn slice_at(&self, offset: usize) -> MarkHostWritesPart<'part> {
-        MarkHostWritesPart {
-            writes: self.writes,
-            gpa: self.gpa + offset as u64,
-        }
-    }
-}
-
 /// A mapped range, unmapped when dropped.
 #[derive(Debug)]
 struct Range {
@@ -211,50 +138,6 @@ pub struct GuestRam {
     spec: MemorySpec,
     /// What still fills memory.
     filling: Mutex<Option<Arc<dyn MemoryFill>>>,
-}
-
-/// Returns guest physical address and length of each range of `bytes` of memory.
-pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
-    let low = bytes.min(HOLE_START);
-    let mut ranges = vec![(0, low)];
-    if bytes > low {
-        ranges.push((HOLE_END, bytes - low));
-    }
-    ranges
-}
-
-/// The least memory of one slot. Ending the dirty log of a slot holds vCPUs up for 2 to 3 ms a GiB
-/// (measured on huge pages): with slots of this size it is less than a millisecond at a time.
-const SLOT_BYTES_MIN: u64 = 256 << 20;
-
-/// The most slots that memory is divided into; KVM has 509 at least (`KVM_CAP_NR_MEMSLOTS`).
-const SLOTS_MAX: u64 = 64;
-
-/// Returns the size of a memory slot, for so much memory in pages of that size: a power of two.
-fn slot_bytes(memory_bytes: u64, page_bytes: u64) -> u64 {
-    let share = memory_bytes.div_ceil(SLOTS_MAX).next_power_of_two();
-    share.max(SLOT_BYTES_MIN).max(page_bytes)
-}
-
-/// Divides `ranges` into slots of at most `slot_bytes`, numbered in order.
-fn divide(ranges: &[MemoryRegion], slot_bytes: u64) -> Vec<MemoryRegion> {
-    let slot_pages = slot_bytes / PAGE_BYTES as u64;
-    let parts = ranges.iter().flat_map(|range| {
-        let starts =
-            (0..range.page_count).step_by(usize::try_from(slot_pages).unwrap_or(usize::MAX));
-        starts.map(move |first| (range, first, slot_pages.min(range.page_count - first)))
-    });
-    let bytes = |pages: u64| usize::try_from(pages).expect("memory is mapped") * PAGE_BYTES;
-    (0..)
-        .zip(parts)
-        .map(|(slot, (range, first, page_count))| MemoryRegion {
-            slot,
-            start: Gfn(range.start.0 + first),
-            page_count,
-            mapping: range.mapping.part(bytes(first), bytes(page_count)),
-            backing: range.backing,
-        })
-        .collect()
 }
 
 impl GuestRam {
@@ -602,174 +485,5 @@ fn unlock(mapping: &GuestMapping) -> Result<(), MemoryError> {
     unlocked.map_err(MemoryError::call("unlock", mapping.len()))
 }
 
-/// Allocates every page, by several threads.
-fn populate(mapping: &GuestMapping) -> Result<(), MemoryError> {
-    let threads = thread::available_parallelism()
-        .map_or(1, NonZeroUsize::get)
-        .min(POPULATE_THREADS_MAX);
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let work = || -> io::Result<()> {
-        loop {
-            let at = next.fetch_add(POPULATE_CHUNK_BYTES, std::sync::atomic::Ordering::Relaxed);
-            if at >= mapping.len() {
-                return Ok(());
-            }
-            populate_part(mapping, at, POPULATE_CHUNK_BYTES.min(mapping.len() - at))?;
-        }
-    };
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .map(|worker| {
-                worker
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .fold(Ok(()), Result::and)
-    })
-    .map_err(|source| MemoryError::Call {
-        what: "allocate",
-        bytes: mapping.len(),
-        hint: "",
-        source,
-    })
-}
-
-fn populate_part(mapping: &GuestMapping, at: usize, bytes: usize) -> io::Result<()> {
-    match anon::populate(mapping, at, bytes) {
-        // A kernel before 5.14: touch each page. The memory is new, so a zero changes nothing.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            for page in (at..at + bytes).step_by(PAGE_BYTES) {
-                mapping.copy_in(page, &[0]);
-            }
-            Ok(())
-        }
-        result => result,
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::page::PIECE_BYTES;
-    use vm_memory::Bytes;
-
-    fn spec(bytes: u64, backing: BackingSpec) -> MemorySpec {
-        MemorySpec {
-            bytes,
-            backing,
-            preallocate: false,
-            locked: false,
-            shared: None,
-        }
-    }
-
-    #[test]
-    fn memory_goes_around_the_hole() {
-        assert_eq!(layout(1 << 20), [(0, 1 << 20)]);
-        assert_eq!(layout(3 << 30), [(0, 3 << 30)]);
-        assert_eq!(layout(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
-    }
-
-    #[test]
-    fn memory_above_the_hole_is_mapped_aligned_and_written_with_a_mark() {
-        let ram = GuestRam::new(&spec((3 << 30) + (4 << 20), BackingSpec::Anonymous)).unwrap();
-        let high = ram.regions().last().unwrap();
-        assert_eq!(high.start.gpa(), HOLE_END);
-        assert_eq!(high.mapping.hva() % PIECE_BYTES, 0);
-        ram.memory()
-            .write_slice(b"livepoint", GuestAddress(HOLE_END + 4090))
-            .unwrap();
-        let mut bits = vec![0; 16];
-        ram.host_writes().take_into(high.slot, &mut bits);
-        assert_eq!(bits[0], 0b11);
-        let mut out = [0; 9];
-        high.mapping.copy_out(4090, &mut out);
-        assert_eq!(&out, b"livepoint");
-    }
-
-    #[test]
-    fn slots_divide_memory_without_gaps_and_are_as_few_as_may_be() {
-        let gib = 1 << 30;
-        assert_eq!(slot_bytes(gib, 4096), SLOT_BYTES_MIN);
-        assert_eq!(slot_bytes(gib, gib), gib);
-        assert_eq!(slot_bytes(100 * gib, 4096), 2 * gib);
-        let bytes = (3 << 30) + (300 << 20);
-        let ram = GuestRam::new(&spec(bytes, BackingSpec::Anonymous)).unwrap();
-        let regions = ram.regions();
-        assert_eq!(regions.len(), 12 + 2);
-        for (number, pair) in (0..).zip(regions.windows(2)) {
-            assert_eq!((pair[0].slot, pair[1].slot), (number, number + 1));
-            let (end, next) = (pair[0].run().end().gpa(), pair[1].start.gpa());
-            assert!(end == next || (end, next) == (HOLE_START, HOLE_END));
-        }
-        let pages: u64 = regions.iter().map(|region| region.page_count).sum();
-        assert_eq!(pages * PAGE_BYTES as u64, bytes);
-    }
-
-    #[test]
-    fn a_write_over_the_end_of_a_slot_is_marked_in_both() {
-        let ram = GuestRam::new(&spec(512 << 20, BackingSpec::Anonymous)).unwrap();
-        let end = GuestAddress(SLOT_BYTES_MIN - 4);
-        ram.memory().write_slice(b"livepoint", end).unwrap();
-        let last = ram.regions()[0].page_count - 1;
-        let mut bits = vec![0; crate::page::bitmap_words(last + 1)];
-        ram.host_writes().take_into(0, &mut bits);
-        assert_eq!(
-            crate::page::runs_of_set_bits(&bits).collect::<Vec<_>>(),
-            [(last, 1)]
-        );
-        bits.fill(0);
-        ram.host_writes().take_into(1, &mut bits);
-        assert_eq!(
-            crate::page::runs_of_set_bits(&bits).collect::<Vec<_>>(),
-            [(0, 1)]
-        );
-    }
-
-    #[test]
-    fn every_backing_reads_zeros_after_a_discard() {
-        let backings = [
-            BackingSpec::Anonymous,
-            BackingSpec::AnonymousSmallPages,
-            BackingSpec::Memfd,
-        ];
-        for backing in backings {
-            for (preallocate, locked) in [(false, false), (true, false), (false, true)] {
-                let ram = GuestRam::new(&MemorySpec {
-                    preallocate,
-                    locked,
-                    ..spec(4 << 20, backing)
-                })
-                .unwrap();
-                ram.memory().write_obj(7_u64, GuestAddress(0x1000)).unwrap();
-                ram.discard_all().unwrap();
-                let read: u64 = ram.memory().read_obj(GuestAddress(0x1000)).unwrap();
-                assert_eq!(read, 0, "{backing:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_size_that_does_not_fit_its_pages_is_refused() {
-        let hugetlb = BackingSpec::Hugetlb {
-            page_bytes: 2 << 20,
-        };
-        for wrong in [spec(4096, BackingSpec::Memfd), spec(3 << 20, hugetlb)] {
-            assert!(matches!(
-                GuestRam::new(&wrong),
-                Err(MemoryError::Size { .. })
-            ));
-        }
-    }
-
-    #[test]
-    fn a_short_hugetlb_pool_is_named() {
-        let hugetlb = BackingSpec::Hugetlb {
-            page_bytes: 2 << 20,
-        };
-        let error = GuestRam::new(&spec(1 << 46, hugetlb)).unwrap_err();
-        assert!(error.to_string().contains("nr_hugepages"), "{error}");
-    }
-}
+mod tests;

@@ -21,4 +21,5 @@ pub mod termination;
 pub mod tsc;
 pub mod userfault;
 pub mod volatile_io;
+pub mod whole_file;
 pub mod writeback;

@@ -18,7 +18,7 @@ use crate::checkpoint::phase::Phase;
 use crate::checkpoint::protocol::harvest::Harvester;
 use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::protocol::{Captured, end_log_after_resume};
-use crate::checkpoint::session::Session;
+use crate::checkpoint::session::{Session, Work};
 use crate::checkpoint::stats::{micros, per_second};
 use crate::checkpoint::writer::{Buffers, WriteQueue};
 use crate::page::PAGE_BYTES;
@@ -65,7 +65,7 @@ fn make_staging(session: &mut Session) -> Result<Staging, Halt> {
     // As much as the first harvest may take; each harvest populates for the next.
     let first = 2 * session.policy.reserved_slots;
     let control = session.control.clone();
-    session.aside("lvp-staging", move || {
+    session.offload(Work::Cpu, "lvp-staging", move || {
         staging.populate(first, || control.check().is_ok())?;
         Ok(staging)
     })

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::Session;
 use super::lineage::read_back;
+use super::{Session, Work};
 use crate::checkpoint::capture::touched_pages;
 use crate::checkpoint::commit::GatedStorage;
 use crate::checkpoint::disks;
@@ -55,7 +55,7 @@ impl Session {
         };
         let parent = self.parent.clone();
         let leaves = self.options.chain.as_ref().map(|it| it.leaves().clone());
-        self.offload("lvp-create", move || {
+        self.offload(Work::Storage, "lvp-create", move || {
             let began = Instant::now();
             let begun = loop {
                 match ImageWriter::create(storage.clone(), &path, &regions, &options) {
@@ -119,19 +119,20 @@ impl Session {
         let began = Instant::now();
         let chain = self.options.chain.clone();
         let keep = self.options.keep;
-        let (committed, next, retention) = self.offload("lvp-commit", move || {
-            for section in sections {
-                image
-                    .add_section(section)
-                    .map_err(CheckpointError::store("add state to"))?;
-            }
-            let committed = image
-                .commit(facts)
-                .map_err(CheckpointError::store("commit"))?;
-            let next = chain.and_then(|chain| read_back(storage.as_ref(), &committed, &chain));
-            let retention = keep.and_then(|keep| retain(storage.as_ref(), &committed, keep));
-            Ok((committed, next, retention))
-        })?;
+        let (committed, next, retention) =
+            self.offload(Work::Storage, "lvp-commit", move || {
+                for section in sections {
+                    image
+                        .add_section(section)
+                        .map_err(CheckpointError::store("add state to"))?;
+                }
+                let committed = image
+                    .commit(facts)
+                    .map_err(CheckpointError::store("commit"))?;
+                let next = chain.and_then(|chain| read_back(storage.as_ref(), &committed, &chain));
+                let retention = keep.and_then(|keep| retain(storage.as_ref(), &committed, keep));
+                Ok((committed, next, retention))
+            })?;
         self.statistics.retention = retention;
         self.advance_chain(next);
         self.statistics.commit_us = micros(began.elapsed());

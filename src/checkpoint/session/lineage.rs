@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::Session;
+use super::{Session, Work};
 use crate::checkpoint::chain::{Chain, IncrementStatistics};
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::tracker::{Logging, Tracker};
@@ -23,7 +23,7 @@ impl Session {
         let (guest, storage, path) = (self.guest.clone(), storage.clone(), path.to_owned());
         let asked = chain.clone();
         // On a thread that can be abandoned: the disk may not answer.
-        let found = self.offload("lvp-parent", move || {
+        let found = self.offload(Work::Storage, "lvp-parent", move || {
             asked
                 .parent_for(&guest, storage.as_ref(), &path)
                 .map_err(CheckpointError::store("continue"))
@@ -113,7 +113,7 @@ impl Session {
             return Ok(image);
         }
         let (how, control) = (self.carry_over(), self.control.clone());
-        let (image, carried) = self.offload("lvp-carry", move || {
+        let (image, carried) = self.offload(Work::Storage, "lvp-carry", move || {
             let carried = image.carry_over(how, || control.check().is_ok());
             let carried = carried.map_err(CheckpointError::store("write"))?;
             Ok((image, carried))

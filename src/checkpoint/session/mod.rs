@@ -102,6 +102,16 @@ impl Drop for Claim {
     }
 }
 
+/// What keeps a thread that works for the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// It may block on storage; the thread can be abandoned.
+    Storage,
+    /// It takes CPU time, before anything is captured: the thread gives way to the guest, as the
+    /// session's own must not, since it resumes the guest.
+    Cpu,
+}
+
 /// A running checkpoint, as its own thread sees it.
 pub(crate) struct Session {
     pub(crate) guest: Arc<dyn Guest>,
@@ -313,18 +323,23 @@ impl Session {
         self.statistics.finish(elapsed, cpu_ns);
     }
 
-    /// Runs work that may block on storage on a thread that can be abandoned.
+    /// Runs work on a thread of its own, and waits for what comes of it.
     pub(crate) fn offload<T: Send + 'static>(
         &mut self,
+        kind: Work,
         name: &str,
         work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
     ) -> Result<T, Halt> {
         let (done, result) = bounded(1);
-        self.writers.spawn(name, move || {
+        let body = move || {
             // Nobody may wait any more; the result is dropped then, and with it its file.
             done.send(work()?).ok();
             Ok(())
-        })?;
+        };
+        match kind {
+            Work::Storage => self.writers.spawn(name, body)?,
+            Work::Cpu => self.capture.spawn_polite(name, body)?,
+        }
         let value = select! {
             recv(result) -> value => value.map_err(|_| Halt::Stopped)?,
             // A result that came with the order to stop counts: a commit may be in it.
@@ -333,21 +348,6 @@ impl Session {
             }
         };
         Ok(value)
-    }
-
-    /// Runs work that takes CPU time, before anything is captured, on a thread that gives way to the
-    /// guest; this one must not, since it resumes the guest.
-    pub(crate) fn aside<T: Send + 'static>(
-        &mut self,
-        name: &str,
-        work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
-    ) -> Result<T, Halt> {
-        let (done, result) = bounded(1);
-        self.capture.spawn_polite(name, move || {
-            done.send(work()?).ok();
-            Ok(())
-        })?;
-        self.control.wait(&result)
     }
 
     /// Ends the threads of a stopped checkpoint, and abandons those that are stuck in storage.

@@ -161,7 +161,8 @@ pub(super) fn disks_in_image(
             (_, true) => in_image.push(name.to_owned()),
             (_, false) => {
                 return Err(unsupported(format!(
-                    "internal snapshot for disk {name} unsupported for storage type raw"
+                    "internal snapshot for disk {name} unsupported for storage type {}",
+                    disk.format.name()
                 )));
             }
         }

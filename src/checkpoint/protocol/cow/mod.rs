@@ -36,7 +36,7 @@ use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
 use crate::checkpoint::policy::PageCost;
 use crate::checkpoint::protocol::Captured;
-use crate::checkpoint::session::Session;
+use crate::checkpoint::session::{Session, Work};
 use crate::checkpoint::stalls::StallCounter;
 use crate::checkpoint::stats::micros;
 use crate::checkpoint::tracker::{DirtySet, Unprotectable, WriteProtection};
@@ -152,7 +152,7 @@ fn make(
         .count();
     let (count, reserve) = session.policy.piece_buffers(touched);
     let (workspace, control) = (session.options.workspace.clone(), session.control.clone());
-    let all = session.aside("lvp-staging", move || {
+    let all = session.offload(Work::Cpu, "lvp-staging", move || {
         workspace.buffers_while(count, || control.check().is_ok())
     })?;
     session.control.check()?;
