@@ -283,3 +283,103 @@ fn number(line: &str, key: &str) -> Option<u64> {
     let (_, rest) = line.split_once(key)?;
     rest.split_whitespace().next()?.parse().ok()
 }
+
+/// Returns the figures of `domstats --dirtyrate`, once a measurement is over where one is under way.
+fn dirty_rate(daemon: &Daemon) -> std::collections::BTreeMap<String, String> {
+    let start = Instant::now();
+    loop {
+        let text = daemon.ok(&["domstats", "d", "--dirtyrate"]);
+        let pairs = text.lines().filter_map(|line| line.trim().split_once('='));
+        let pairs: std::collections::BTreeMap<_, _> = pairs
+            .filter_map(|(key, value)| Some((key.strip_prefix("dirtyrate.")?, value)))
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        if pairs["calc_status"] != "1" {
+            return pairs;
+        }
+        assert!(start.elapsed() < GUEST_TIMEOUT, "{text}\n{}", daemon.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Measures how many pages the guest writes in a second.
+fn pages_in_a_second(daemon: &Daemon, mode: &str) -> u64 {
+    daemon.ok(&["domdirtyrate-calc", "d", "--seconds", "1", "--mode", mode]);
+    let found = dirty_rate(daemon);
+    assert_eq!(found["calc_status"], "2", "{found:?}\n{}", daemon.log());
+    assert_eq!(found["calc_period"], "1");
+    assert_eq!(found["calc_mode"], mode);
+    assert_ne!(found["calc_start_time"], "0");
+    let measured = &daemon.worker("d")["dirty_rate"]["measured"];
+    let rate = measured["bytes_per_second"].as_u64().unwrap();
+    let mib: u64 = found["megabytes_per_second"].parse().unwrap();
+    assert_eq!(mib, rate >> 20);
+    measured["pages"].as_u64().unwrap()
+}
+
+#[test]
+fn the_dirty_rate_is_of_the_pages_that_the_guest_writes() {
+    if !have_kvm() {
+        return;
+    }
+    let daemon = Daemon::new();
+    let console = start(&daemon, "pagewriter ws=16M write=word verify=none", 64);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("tick"));
+    let none = dirty_rate(&daemon);
+    assert_eq!(none["calc_status"], "0");
+    assert!(!none.contains_key("megabytes_per_second"), "{none:?}");
+    // Its 4096 pages over and over, however fast it is, and few others.
+    let pages = pages_in_a_second(&daemon, "dirty-bitmap");
+    assert!((1024..4096 + 256).contains(&pages), "{pages} pages");
+    // A quarter of its memory, by some hundred samples.
+    let pages = pages_in_a_second(&daemon, "page-sampling");
+    assert!((512..2 * 4096).contains(&pages), "{pages} pages");
+    // A daemon that comes later knows it too.
+    let mut daemon = daemon;
+    daemon.kill();
+    daemon.start();
+    daemon.wait_state("d", "running");
+    assert_eq!(dirty_rate(&daemon)["calc_mode"], "page-sampling");
+    // A guest that stands still writes nothing.
+    daemon.ok(&["suspend", "d"]);
+    assert_eq!(pages_in_a_second(&daemon, "dirty-bitmap"), 0);
+    daemon.ok(&["destroy", "d"]);
+    let off = daemon.refused(&["domdirtyrate-calc", "d"]);
+    assert!(off.contains("domain is not running"), "{off}");
+}
+
+#[test]
+fn a_dirty_rate_is_measured_between_checkpoints_and_not_during_one() {
+    if !have_kvm() {
+        return;
+    }
+    let images = tempfile::tempdir().unwrap();
+    let daemon = Daemon::with(&["--image-dir", images.path().to_str().unwrap()]);
+    let console = start(&daemon, "pagewriter ws=16M", 64);
+    wait_line(&console, GUEST_TIMEOUT, |line| line.contains("tick"));
+    for (args, wanted) in [
+        (["--seconds", "0"], "seconds=0 is invalid"),
+        (["--seconds", "61"], "seconds=61 is invalid"),
+        (["--mode", "dirty-ring"], "requires dirty-ring feature"),
+    ] {
+        let said = daemon.refused(&["domdirtyrate-calc", "d", args[0], args[1]]);
+        assert!(said.contains(wanted), "{said}");
+    }
+    daemon.ok(&["domdirtyrate-calc", "d", "--seconds", "60"]);
+    let again = daemon.refused(&["domdirtyrate-calc", "d"]);
+    assert!(again.contains("is being measured"), "{again}");
+    // A checkpoint does not wait for it, and takes the log of writes from it.
+    daemon.ok(&["snapshot-create-as", "d", "s", "--live"]);
+    assert_eq!(dirty_rate(&daemon)["calc_status"], "0");
+    // One that runs is not disturbed: at a mebibyte a second it takes a while.
+    let out = images.path().join("image.lpi");
+    let command = serde_json::json!({
+        "execute": "livepoint-checkpoint",
+        "arguments": { "protocol": "threaded", "out": out, "max_bandwidth": 1 << 20 },
+    });
+    let started = daemon.ok(&["qemu-monitor-command", "d", &command.to_string()]);
+    assert!(started.contains("\"job\""), "{started}");
+    let busy = daemon.refused(&["domdirtyrate-calc", "d"]);
+    assert!(busy.contains("still runs"), "{busy}");
+    daemon.ok(&["destroy", "d"]);
+}

@@ -33,6 +33,7 @@ mod chain;
 mod commit;
 mod control;
 mod crew;
+mod dirty_rate;
 mod disks;
 mod error;
 mod job;
@@ -59,6 +60,7 @@ mod fake;
 mod tests;
 
 pub use chain::{Chain, IncrementStatistics};
+pub use dirty_rate::{DirtyRate, DirtyRateMode, measure_dirty_rate};
 pub use error::CheckpointError;
 pub use job::{Job, Progress, Report};
 pub use options::{CheckpointOptions, PauseHook, Protocol, THREADS_MAX};

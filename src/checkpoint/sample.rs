@@ -58,22 +58,14 @@ pub(super) fn sample_writes(session: &Session, look: Look) -> Result<Writes, Hal
     let windows = sample_windows(&session.layout);
     let logging = Logging::start(session.guest.clone())?;
     let log = session.guest.dirty_log();
-    for window in &windows {
-        log.rearm(
-            window.slot,
-            window.first_page,
-            window.pages,
-            &[window.mask()],
-        )
-        .map_err(CheckpointError::dirty_log("re-arm"))?;
-    }
+    arm(log, &windows)?;
     let began = Instant::now();
     let (mut looks, mut stretches_before) = (0, 0);
     let (took, written, stretches, seen, seen_whole) = loop {
         thread::sleep(SAMPLE_TIME);
         looks += 1;
         let took = began.elapsed();
-        let (written, stretches, seen) = look_at_writes(session, log, &windows)?;
+        let (written, stretches, seen) = look_at_writes(&session.layout, log, &windows)?;
         let seen_whole = (stretches - stretches_before) * GROWTH_FRACTION < stretches;
         stretches_before = stretches;
         let is_enough = match look {
@@ -99,15 +91,25 @@ pub(super) fn sample_writes(session: &Session, look: Look) -> Result<Writes, Hal
     })
 }
 
+/// Re-arms the pages that are watched.
+pub(super) fn arm(log: &dyn DirtyLog, windows: &[SampleWindow]) -> Result<(), CheckpointError> {
+    for window in windows {
+        let bits = [window.mask()];
+        log.rearm(window.slot, window.first_page, window.pages, &bits)
+            .map_err(CheckpointError::dirty_log("re-arm"))?;
+    }
+    Ok(())
+}
+
 /// Returns how many of the pages that are watched were written since they were re-armed, in how many
 /// windows, and how many pages are watched.
-fn look_at_writes(
-    session: &Session,
+pub(super) fn look_at_writes(
+    layout: &Layout,
     log: &dyn DirtyLog,
     windows: &[SampleWindow],
 ) -> Result<(u64, u64, u64), CheckpointError> {
     let (mut written, mut stretches, mut seen) = (0, 0, 0);
-    for place in session.layout.regions() {
+    for place in layout.regions() {
         let mut bits = vec![0; bitmap_words(place.page_count as u64)];
         log.fetch(place.slot, &mut bits)
             .map_err(CheckpointError::dirty_log("fetch"))?;
@@ -124,7 +126,7 @@ fn look_at_writes(
 
 /// 64 pages, or fewer at the end of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SampleWindow {
+pub(super) struct SampleWindow {
     slot: u32,
     first_page: u64,
     pages: u64,
@@ -138,7 +140,7 @@ impl SampleWindow {
 }
 
 /// Returns windows that are spread evenly over memory, each in another piece.
-fn sample_windows(layout: &Layout) -> Vec<SampleWindow> {
+pub(super) fn sample_windows(layout: &Layout) -> Vec<SampleWindow> {
     let pieces: Vec<_> = layout.pieces().collect();
     let step = pieces.len().div_ceil(SAMPLE_WINDOWS).max(1);
     let sampled = pieces.iter().enumerate().skip(step / 2).step_by(step);

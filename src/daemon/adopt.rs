@@ -100,6 +100,7 @@ impl Livepoint {
                 next_resume: None,
                 reboots: false,
                 stop_cause: None,
+                has_dirty_rate: status.dirty_rate.is_some(),
                 owner: None,
             });
         }

@@ -147,6 +147,7 @@ impl Livepoint {
             next_resume: None,
             reboots: false,
             stop_cause: None,
+            has_dirty_rate: false,
             owner: start.owner,
         });
         domain.notify();

@@ -72,6 +72,8 @@ pub(super) struct Live {
     pub(super) reboots: bool,
     /// Why it will end, where a call asks for that.
     pub(super) stop_cause: Option<Shutoff>,
+    /// Whether its worker was ever asked for its dirty rate.
+    pub(super) has_dirty_rate: bool,
     /// The client that it ends with (`VIR_DOMAIN_START_AUTODESTROY`).
     pub(super) owner: Option<u64>,
 }

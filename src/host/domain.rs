@@ -18,13 +18,14 @@ use crate::domain::{
 use crate::guest::{Guest, ImageFormat};
 use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
+use crate::host::dirty_rate::DirtyRateMeter;
 use crate::host::disks::{self, DiskRestore};
 use crate::host::files::WhenOpen;
 use crate::host::image::default_threads;
 use crate::host::watch::Watchers;
 use crate::host::{
-    CheckpointRequest, DomainEvents, EndReason, FinalState, Happening, HostError, Image, Job,
-    MachineState, RewindSummary, RuntimeDir, SharedMemory, Watch,
+    CheckpointRequest, DirtyRateRequest, DomainEvents, EndReason, FinalState, Happening, HostError,
+    Image, Job, MachineState, RewindSummary, RuntimeDir, SharedMemory, Watch,
 };
 use crate::host::{lazy, rewind};
 use crate::kvmstate::ClockPolicy;
@@ -148,6 +149,7 @@ pub struct Domain {
     workspace: Workspace,
     // Of incremental checkpoints.
     chain: Chain,
+    dirty_rate: DirtyRateMeter,
     watchers: Arc<Watchers>,
     /// The domain that was saved, where this one has another identity.
     origin: Option<Uuid>,
@@ -299,6 +301,7 @@ impl Domain {
             }),
             workspace: Workspace::default(),
             chain: Chain::default(),
+            dirty_rate: DirtyRateMeter::default(),
             origin: None,
         }
     }
@@ -339,6 +342,8 @@ impl Domain {
         let machine = match restored {
             Some(machine) => machine,
             None => {
+                // Or it would keep the last machine, and what that has open.
+                self.dirty_rate.stop();
                 let options = &self.options;
                 let mut spec = machine_spec(&self.config, &options.builtin_kernels, options.qcow2)?;
                 self.options.attach_consoles(&mut spec)?;
@@ -417,6 +422,7 @@ impl Domain {
         let Some(end) = EndReason::of(&state) else {
             return Ok(None);
         };
+        self.dirty_rate.stop();
         // Others may run it now.
         self.lock().locks = None;
         Ok(Some(end))
@@ -460,6 +466,7 @@ impl Domain {
             disks: disks.unwrap_or_default(),
             interfaces: interfaces.unwrap_or_default(),
             job,
+            dirty_rate: self.dirty_rate.status(),
         }
     }
 
@@ -579,6 +586,7 @@ impl Domain {
         };
         let mut inner = self.lock();
         inner.refuse_busy()?;
+        self.dirty_rate.stop();
         let guest: Arc<dyn Guest> = machine;
         let mut options = request.engine_options(self.workspace.clone());
         options.chain = request.incremental.then(|| self.chain.clone());
@@ -603,6 +611,26 @@ impl Domain {
         Ok(job)
     }
 
+    /// Begins to measure how fast the domain writes its memory; [`Domain::status`] has what comes of
+    /// it. Refused while a checkpoint runs, and where the next one is to have only what was written
+    /// since the last; a checkpoint that is started meanwhile ends the measurement.
+    pub fn measure_dirty_rate(&self, request: DirtyRateRequest) -> Result<(), HostError> {
+        let machine = self.machine()?;
+        // Held until the log is the measurement's.
+        let inner = self.lock();
+        inner.refuse_busy()?;
+        if machine.state().has_ended() {
+            return Err(HostError::State {
+                state: self.state_in(&inner).to_string(),
+                wanted: "it must run to be measured",
+            });
+        }
+        if self.chain.parent().is_some() {
+            return Err(HostError::Tracked);
+        }
+        self.dirty_rate.start(machine, request)
+    }
+
     /// Puts the domain back to the image at `to`, or to the last of its incremental checkpoints, in
     /// place: memory that has not changed since is kept where the domain's writes are tracked.
     ///
@@ -612,6 +640,7 @@ impl Domain {
         let machine = self.machine()?;
         let guest: Arc<dyn Guest> = machine.clone();
         self.lock().begin_rewind()?;
+        self.dirty_rate.stop();
         let _ends = RewindEnds(self);
         let image = rewind::find(to, &self.chain, &guest)?;
         let uuids = [Some(self.uuid()), self.origin];

@@ -140,6 +140,12 @@ pub enum HostError {
     /// The domain is being put back to an image.
     #[error("the domain is being put back to an image; wait for that")]
     Rewinding,
+    /// The domain's dirty rate is being measured.
+    #[error("the domain's dirty rate is being measured; wait for that")]
+    MeasuringDirtyRate,
+    /// The domain's incremental checkpoints need the log of its writes.
+    #[error("the domain's writes are tracked for its next incremental checkpoint")]
+    Tracked,
     /// An image has no guest memory at an address.
     #[error("the image has no memory at guest physical address {gpa:#x}")]
     NoMemoryAt {
@@ -220,7 +226,10 @@ impl HostError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Invalid(_) => ErrorCode::Invalid,
-            Self::JobRunning { .. } | Self::Rewinding => ErrorCode::Busy,
+            Self::JobRunning { .. }
+            | Self::Rewinding
+            | Self::MeasuringDirtyRate
+            | Self::Tracked => ErrorCode::Busy,
             Self::NotRunning { .. }
             | Self::NoSuchJob { .. }
             | Self::NoConsole { .. }

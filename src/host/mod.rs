@@ -7,6 +7,7 @@ pub mod confine;
 mod console;
 pub mod control;
 mod convert;
+mod dirty_rate;
 mod disks;
 mod domain;
 mod error;
@@ -25,7 +26,7 @@ mod watch;
 use crate::kvmstate;
 use crate::machine::{self, MachineError};
 
-pub use crate::checkpoint::Protocol;
+pub use crate::checkpoint::{DirtyRateMode, Protocol};
 pub use crate::domain::{
     DiskFormat, DomainConfig, DomainError, DomainName, MemorySize, VCPUS_MAX, Vcpus, XmlView,
 };
@@ -43,6 +44,7 @@ pub use crate::sys::termination::TerminationSignals;
 pub use crate::sys::tsc::read as host_tsc;
 pub use crate::sys::whole_file::{sync_dir_of, write as write_whole_file};
 pub use console::duplicate as duplicate_descriptor;
+pub use dirty_rate::{DIRTY_RATE_SECONDS, DirtyRateRequest, DirtyRateStatus, Measured};
 pub use disks::DiskRestore;
 pub use domain::{
     BuiltinKernel, Domain, DomainChanges, DomainOptions, DomainTexts, RestoreOptions,

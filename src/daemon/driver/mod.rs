@@ -9,6 +9,7 @@ mod block;
 mod config;
 mod connect;
 mod console;
+mod dirty_rate;
 mod dump;
 mod events;
 mod host;
@@ -51,6 +52,7 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     info::TABLE,
     config::TABLE,
     stats::TABLE,
+    dirty_rate::TABLE,
     block::TABLE,
     interface::TABLE,
     save::TABLE,

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use super::block::{DiskOf, disks_of, status_of};
-use super::interface;
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
+use super::{dirty_rate, interface};
 use crate::daemon::managed::{Managed, State};
 use crate::host::control::protocol::{DiskUse, InterfaceUse, Status};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
@@ -90,6 +90,7 @@ pub(super) struct Figures<'a> {
     memory_kib: u64,
     has_balloon: bool,
     has_interfaces: bool,
+    has_dirty_rate: bool,
     status: OnceCell<Option<Status>>,
 }
 
@@ -104,6 +105,7 @@ impl<'a> Figures<'a> {
             memory_kib: machine.map_or(0, |machine| machine.memory.size().kib()),
             has_balloon: pci.is_some_and(|pci| pci.balloon().is_some()),
             has_interfaces: pci.is_some_and(|pci| pci.interfaces().next().is_some()),
+            has_dirty_rate: state.live.as_ref().is_some_and(|live| live.has_dirty_rate),
             status: OnceCell::new(),
         }
     }
@@ -199,8 +201,14 @@ const STATS_BALLOON: u32 = 4;
 const STATS_VCPU: u32 = 8;
 const STATS_INTERFACE: u32 = 16;
 const STATS_BLOCK: u32 = 32;
-const STATS_KNOWN: u32 =
-    STATS_STATE | STATS_CPU_TOTAL | STATS_BALLOON | STATS_VCPU | STATS_INTERFACE | STATS_BLOCK;
+const STATS_DIRTY_RATE: u32 = 512;
+const STATS_KNOWN: u32 = STATS_STATE
+    | STATS_CPU_TOTAL
+    | STATS_BALLOON
+    | STATS_VCPU
+    | STATS_INTERFACE
+    | STATS_BLOCK
+    | STATS_DIRTY_RATE;
 /// Refuse groups that are not there rather than leave them out.
 const ENFORCE: u32 = 1 << 31;
 /// Flags that are no filters of the list of domains.
@@ -299,6 +307,10 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
     }
     if groups & STATS_BLOCK != 0 {
         block_stats(disks, &figures, &mut params);
+    }
+    if groups & STATS_DIRTY_RATE != 0 && pid.is_some() {
+        let status = figures.has_dirty_rate.then(|| figures.status()).flatten();
+        dirty_rate::add_stats(status, &mut params);
     }
     params
 }

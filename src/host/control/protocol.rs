@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::host::{
-    CheckpointRequest, CheckpointSummary, DomainEvent, DomainTexts, ErrorCode, JobProgress,
-    MachineState,
+    CheckpointRequest, CheckpointSummary, DirtyRateRequest, DirtyRateStatus, DomainEvent,
+    DomainTexts, ErrorCode, JobProgress, MachineState,
 };
 
 /// The newest protocol version that this build speaks.
@@ -87,6 +87,8 @@ pub enum Method {
     SetMemory(MemoryBytes),
     /// Replaces the document's title, description and metadata.
     SetTexts(DomainTexts),
+    /// Begins to measure how fast the domain writes its memory; `status` has what comes of it.
+    MeasureDirtyRate(DirtyRateRequest),
 }
 
 /// Which image a domain is put back to.
@@ -146,6 +148,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceUse>,
     /// The job that runs, if any.
     pub job: Option<JobId>,
+    /// How fast the domain writes its memory, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_rate: Option<DirtyRateStatus>,
 }
 
 /// What a guest has asked of a disk since its machine was started.

@@ -298,6 +298,7 @@ impl Connection<'_> {
             Method::Events => return self.events(call.id),
             Method::SetMemory(size) => nothing(domain.set_memory(size.bytes)),
             Method::SetTexts(texts) => nothing(domain.set_texts(texts)),
+            Method::MeasureDirtyRate(how) => nothing(domain.measure_dirty_rate(how)),
         })
     }
 
