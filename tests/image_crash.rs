@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use common::{SampleGuest, facts};
 use livepoint::store::backend::forgetful::{Faults, ForgetfulStorage, Survival};
-use livepoint::store::{Codec, ImageReader, ImageWriter, StoreError, WriteOptions, chain_images};
+use livepoint::store::{
+    Codec, ImageReader, ImageWriter, StoreError, WriteOptions, chain_images, replace_domain_xml,
+};
 
 const DIR: &str = "/chain";
 
@@ -227,4 +229,78 @@ fn an_image_that_cannot_fit_is_refused_before_it_is_begun() {
         }
     ));
     assert!(storage.operations().is_empty());
+}
+
+#[test]
+fn an_image_whose_document_is_replaced_has_the_old_or_the_new_one_after_a_cut_at_any_operation() {
+    let path = Path::new(DIR).join("vm.lpi");
+    let guest = SampleGuest::new(1);
+    let before = disk();
+    write(&before, &path, &guest).unwrap();
+    let replace = |storage: &ForgetfulStorage| {
+        replace_domain_xml(storage, &path, "<domain>another</domain>", |_| Ok(()))
+    };
+    let document = |storage: &ForgetfulStorage| {
+        // All but the document is as it was, and covered by its digests.
+        assert_holds(storage, &path, &guest);
+        let reader = ImageReader::open(storage, &path).unwrap();
+        reader.manifest().guest.domain_xml.clone()
+    };
+    let old = document(&before);
+    let whole = before.crash(Survival::Everything);
+    whole.set_faults(Faults::default());
+    replace(&whole).unwrap();
+    assert_eq!(
+        document(&whole.crash(Survival::Nothing)),
+        "<domain>another</domain>"
+    );
+    let mut seen = [0_u32; 2];
+    for cut_at in 0..whole.operations().len() as u64 {
+        let storage = before.crash(Survival::Everything);
+        storage.set_faults(Faults {
+            cut_at: Some(cut_at),
+            ..Faults::default()
+        });
+        assert!(replace(&storage).is_err(), "cut at {cut_at}");
+        for survival in survivals() {
+            let after = storage.crash(survival);
+            seen[usize::from(document(&after) != old)] += 1;
+            // What a cut has left is in nobody's way.
+            replace(&after).unwrap();
+            let names = livepoint::store::Storage::list(&after, Path::new(DIR)).unwrap();
+            assert_eq!(names, ["vm.lpi"]);
+        }
+    }
+    assert!(
+        seen.iter().all(|&count| count > 0),
+        "both ends were seen: {seen:?}"
+    );
+}
+
+#[test]
+fn a_document_is_not_replaced_in_what_is_no_image_or_in_use_or_where_its_user_cannot_be_prepared() {
+    let dir = Path::new(DIR);
+    let path = dir.join("vm.lpi");
+    let guest = SampleGuest::new(1);
+    let storage = disk();
+    write(&storage, &path, &guest).unwrap();
+    let xml = "<domain>another</domain>";
+    let done = || Ok(());
+    let named = replace_domain_xml(&storage, dir, xml, |_| done()).unwrap_err();
+    assert!(named.to_string().contains("not a file"), "{named}");
+    let missing = dir.join("missing.lpi");
+    replace_domain_xml(&storage, &missing, xml, |_| done()).unwrap_err();
+    let reader = ImageReader::open(&storage, &path).unwrap();
+    let busy = replace_domain_xml(&storage, &path, xml, |_| done()).unwrap_err();
+    assert!(matches!(busy, StoreError::InUse { .. }), "{busy}");
+    drop(reader);
+    let refuse = |_: &Path| Err(io::ErrorKind::PermissionDenied.into());
+    replace_domain_xml(&storage, &path, xml, refuse).unwrap_err();
+    let huge = "x".repeat(5 << 20);
+    replace_domain_xml(&storage, &path, &huge, |_| done()).unwrap_err();
+    assert_holds(&storage, &path, &guest);
+    let reader = ImageReader::open(&storage, &path).unwrap();
+    assert_ne!(reader.manifest().guest.domain_xml, xml);
+    let names = livepoint::store::Storage::list(&storage, dir).unwrap();
+    assert_eq!(names, ["vm.lpi"]);
 }

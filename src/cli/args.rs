@@ -192,6 +192,10 @@ pub(super) struct RestoreArgs {
     /// which the domain then uses [default: to where they were: what was written since is lost].
     #[arg(long, value_name = "DIR")]
     pub disks: Option<PathBuf>,
+    /// Restore by this domain XML: of the same domain and machine, whose disks, consoles and networks
+    /// may be elsewhere on the host [default: the image's].
+    #[arg(long, value_name = "FILE")]
+    pub xml: Option<PathBuf>,
     /// Give the domain a new UUID and another name, so that several can run from one image.
     #[arg(long)]
     pub new_identity: bool,

@@ -67,8 +67,7 @@ impl Started {
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let xml = fs::read_to_string(&args.xml)
-        .with_context(|| format!("could not read {}", args.xml.display()))?;
+    let xml = read_xml(&args.xml)?;
     let (options, kept) = domain_options(context, &args.worker)?;
     if args.detach {
         let name = Domain::name_in(&xml).map_err(|error| error.in_file(&args.xml))?;
@@ -97,6 +96,9 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
             let dir = std::path::absolute(dir)?;
             again.extend(["--disks".into(), dir.into_os_string()]);
         }
+        if let Some(xml) = &args.xml {
+            again.extend(["--xml".into(), xml.clone().into_os_string()]);
+        }
         if let Some(name) = new_name {
             again.extend(["--new-identity".into(), "--name".into(), name.into()]);
         }
@@ -111,6 +113,7 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
         options.disks = DiskRestore::NewIn(std::path::absolute(dir)?);
     }
     options.new_name = new_name;
+    options.domain_xml = args.xml.as_deref().map(read_xml).transpose()?;
     options.track = args.restored.track;
     options.lazy = args.lazy;
     if let (Some(path), Some(root)) = (&args.shared_memory, &args.shared_root) {
@@ -122,6 +125,10 @@ pub(super) fn restore(context: &Context, args: &RestoreArgs) -> anyhow::Result<E
     domain.start(args.restored.paused)?;
     let restored_in = Some(start.elapsed());
     serve(context, &domain, restored_in, &signals, &args.worker, kept)
+}
+
+fn read_xml(file: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))
 }
 
 /// Returns the name of a domain that is to be another than the one that was saved.

@@ -48,6 +48,8 @@ pub(super) enum Boot<'a> {
     Fresh(&'a DomainConfig),
     /// The machine of an image.
     Image(&'a Path),
+    /// The machine of an image, by another document than the image's.
+    ImageAs(&'a Path, &'a DomainConfig),
 }
 
 /// How to start workers.
@@ -117,12 +119,14 @@ impl Launcher {
         let json = serde_json::to_vec(record).expect("a record is plain data");
         write_whole(&paths.worker(uuid, "json"), &json)?;
         let mut args: Vec<OsString> = match boot {
-            Boot::Fresh(config) => {
-                let xml = paths.worker(uuid, "xml");
-                write_whole(&xml, config.to_xml(XmlView::Inactive).as_bytes())?;
-                vec!["run".into(), xml.into()]
-            }
+            Boot::Fresh(config) => vec!["run".into(), write_xml(paths, uuid, config)?],
             Boot::Image(image) => vec!["restore".into(), image.as_os_str().to_owned()],
+            Boot::ImageAs(image, config) => vec![
+                "restore".into(),
+                image.as_os_str().to_owned(),
+                "--xml".into(),
+                write_xml(paths, uuid, config)?,
+            ],
         };
         args.extend(["--id".into(), record.id.to_string().into()]);
         args.extend(["--final-state".into(), final_state.into()]);
@@ -175,6 +179,13 @@ impl Launcher {
             })?;
         Ok((child, start))
     }
+}
+
+/// Writes what a worker is to run; returns the file.
+fn write_xml(paths: &Paths, uuid: Uuid, config: &DomainConfig) -> Result<OsString, DaemonError> {
+    let xml = paths.worker(uuid, "xml");
+    write_whole(&xml, config.to_xml(XmlView::Inactive).as_bytes())?;
+    Ok(xml.into())
 }
 
 /// Waits until a new worker answers; `None` where its machine has run and ended already.

@@ -33,6 +33,7 @@ mod parse_pci;
 mod pci;
 mod rng;
 mod rules;
+mod same_guest;
 mod table;
 mod table_devices;
 mod table_pci;
@@ -71,6 +72,7 @@ pub use metadata::Metadata;
 pub use pci::{PCI_SLOT_MAX, PciDevice, PciDeviceKind, PciDevices, PciSlot};
 pub use rng::{RNG_PERIOD_MS, Rng, RngRate, RngSource};
 pub use rules::{Disposition, Rule, reference, rules};
+pub use same_guest::OtherGuest;
 pub use values::{
     BUILTIN_BYTES_MAX, BootConfig, BuiltinName, CMDLINE_BYTES_MAX, Description, DomainName,
     HostPath, KernelCmdline, KernelSource, Lifecycle, LifecycleAction, NAME_BYTES_MAX,

@@ -50,7 +50,8 @@ pub(super) fn restore(
         let format = config
             .map(|config| image_format(config, qcow2))
             .transpose()?;
-        check_read_only(disk, format.flatten())?;
+        let path = config.map_or(Path::new(&disk.path), |config| config.source.as_path());
+        check_read_only(disk, path, format.flatten())?;
     }
     for (number, saved) in saved.iter().enumerate() {
         let name = &saved.name;
@@ -78,12 +79,13 @@ pub(super) fn restore(
     Ok(())
 }
 
-/// Checks that a disk that was only named is still what it was.
+/// Checks that a disk that was only named is still what it was, as far as can be told of one that is
+/// somewhere else now.
 fn check_read_only(
     disk: &ReadOnlyDisk,
+    path: &Path,
     format: Option<&'static dyn ImageFormat>,
 ) -> Result<(), HostError> {
-    let path = Path::new(&disk.path);
     let examine = |source| HostError::path("examine disk", path, source);
     let (bytes, modified_ns) = match format {
         Some(format) => {
@@ -102,12 +104,14 @@ fn check_read_only(
             (metadata.len(), modified_ns.unwrap_or(0))
         }
     };
-    if (bytes, modified_ns) == (disk.bytes, disk.modified_ns) {
+    let is_moved = path != Path::new(&disk.path);
+    if bytes == disk.bytes && (is_moved || modified_ns == disk.modified_ns) {
         return Ok(());
     }
     Err(HostError::Invalid(format!(
         "disk {} ({}) has changed since the checkpoint: the guest was only reading it",
-        disk.name, disk.path
+        disk.name,
+        path.display()
     )))
 }
 

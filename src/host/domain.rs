@@ -93,6 +93,8 @@ pub struct RestoreOptions {
     pub clock: ClockPolicy,
     /// Another name, and with it a new UUID: so that several domains can run from one image.
     pub new_name: Option<String>,
+    /// Another document than the image's, of the same domain and to its guest the same machine.
+    pub domain_xml: Option<String>,
     /// Where the image's disks are written to.
     pub disks: DiskRestore,
     /// Whether the guest's writes are tracked from its first one on, so that the first incremental
@@ -110,6 +112,7 @@ impl Default for RestoreOptions {
             threads: default_threads(RESTORE_THREADS_MAX),
             clock: ClockPolicy::Continue,
             new_name: None,
+            domain_xml: None,
             disks: DiskRestore::InPlace,
             track: false,
             lazy: false,
@@ -213,7 +216,10 @@ impl Domain {
             image.keep_leaves(chain.leaves());
         }
         let reader = image.reader();
-        let mut config = parse(&reader.manifest().guest.domain_xml)?;
+        let mut config = match &restore.domain_xml {
+            Some(xml) => image.check_document(xml)?,
+            None => parse(image.domain_xml())?,
+        };
         if let Some(name) = &restore.new_name {
             let invalid = |error: crate::domain::ValueError| HostError::Invalid(error.to_string());
             config.name = DomainName::new(name).map_err(invalid)?;

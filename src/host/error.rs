@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::CheckpointError;
-use crate::domain::DomainError;
+use crate::domain::{DomainError, OtherGuest};
 use crate::foreign::ForeignError;
 use crate::guest::{GuestError, ImageError};
 use crate::kvmstate::KvmStateError;
@@ -103,6 +103,9 @@ pub enum HostError {
     /// A call about another VMM's VM failed.
     #[error(transparent)]
     Foreign(#[from] ForeignError),
+    /// A document describes another machine than the one that a guest is in.
+    #[error(transparent)]
+    OtherGuest(#[from] OtherGuest),
     /// The domain, its name or its UUID is in use.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -235,7 +238,7 @@ impl HostError {
             | Self::NoConsole { .. }
             | Self::NoMemoryAt { .. } => ErrorCode::NotFound,
             Self::Resource { .. } => ErrorCode::Host,
-            Self::Unsupported(_) => ErrorCode::Unsupported,
+            Self::Unsupported(_) | Self::OtherGuest(_) => ErrorCode::Unsupported,
             Self::Path { source, .. } | Self::Connection { source } => io_code(source),
             Self::Domain { source, .. } if source.is_unsupported() => ErrorCode::Unsupported,
             Self::Domain { .. } => ErrorCode::Invalid,

@@ -1,10 +1,13 @@
 //! Images, as edges look at them.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::domain::{DomainConfig, XmlView};
+use crate::host::domain::parse;
 use crate::host::{HostError, machine_facts};
 use crate::page::{Gfn, PAGE_BYTES, PIECE_BYTES, PIECE_PAGES, PageRun};
 use crate::restore::{compat, core};
@@ -78,6 +81,29 @@ impl Image {
     /// Returns the document of the domain that was saved.
     pub fn domain_xml(&self) -> &str {
         &self.reader.manifest().guest.domain_xml
+    }
+
+    /// Has the image file at `path` restore as the document `xml` says, by [`Image::check_document`]:
+    /// whole or not at all. `prepare` is called with the path of the new file before it takes the name.
+    ///
+    /// Nobody may read the image, and none may be based on it. Blocks while it is copied.
+    pub fn replace_document(
+        path: &Path,
+        xml: &str,
+        prepare: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<(), HostError> {
+        let config = Self::open(path)?.check_document(xml)?;
+        let xml = config.to_xml(XmlView::Inactive);
+        store::replace_domain_xml(&FileStorage, path, &xml, prepare)?;
+        Ok(())
+    }
+
+    /// Returns the domain that `xml` describes, which must be the one that was saved, and the same
+    /// machine to its guest; where its disks, consoles and networks are on the host may differ.
+    pub fn check_document(&self, xml: &str) -> Result<DomainConfig, HostError> {
+        let config = parse(xml)?;
+        parse(self.domain_xml())?.check_same_guest(&config)?;
+        Ok(config)
     }
 
     /// Returns the image in figures.

@@ -88,6 +88,51 @@ pub(crate) fn peek_manifest(storage: &dyn Storage, path: &Path) -> Result<Manife
     Ok(manifest)
 }
 
+/// An image whose file the caller has locked, to be copied.
+#[derive(Debug)]
+pub(crate) struct RawImage {
+    path: PathBuf,
+    file: Box<dyn StorageFile>,
+    pub(crate) header: Header,
+    /// As it is in the file.
+    pub(crate) manifest: Vec<u8>,
+}
+
+impl RawImage {
+    /// Opens the image at `path`, and checks header and manifest.
+    pub(crate) fn open(storage: &dyn Storage, path: &Path) -> Result<Self, StoreError> {
+        let file = storage.open(path).map_err(StoreError::io("open", path))?;
+        let header = read_header(file.as_ref(), path)?;
+        let source = Source {
+            file: file.as_ref(),
+            path,
+        };
+        let mut manifest = Vec::new();
+        source.read_into(&manifest_extent(&header), Place::Manifest, &mut manifest)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            header,
+            manifest,
+        })
+    }
+
+    /// Fills `out` from `offset` on, with what nobody has checked.
+    pub(crate) fn read(&self, out: &mut [u8], offset: u64) -> Result<(), StoreError> {
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(StoreError::io("read", &self.path))
+    }
+}
+
+fn manifest_extent(header: &Header) -> Extent {
+    Extent {
+        offset: header.manifest_offset,
+        bytes: header.manifest_bytes,
+        digest: header.root,
+    }
+}
+
 /// The file of an image, whose bytes count only with their digest.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
@@ -140,13 +185,8 @@ impl Source<'_> {
     }
 
     fn read_manifest(self, header: &Header) -> Result<Manifest, StoreError> {
-        let extent = Extent {
-            offset: header.manifest_offset,
-            bytes: header.manifest_bytes,
-            digest: header.root,
-        };
         let mut json = Vec::new();
-        self.read_into(&extent, Place::Manifest, &mut json)?;
+        self.read_into(&manifest_extent(header), Place::Manifest, &mut json)?;
         serde_json::from_slice(&json).map_err(|error| {
             Damage::new(Place::Manifest, format!("does not decode: {error}")).of(self.path)
         })
@@ -250,7 +290,7 @@ fn read_header(file: &dyn StorageFile, path: &Path) -> Result<Header, StoreError
 
 /// Checks that the manifest agrees with the header and describes what this build restores, and
 /// that every extent after the chunks follows the one before it.
-fn check_manifest(manifest: &Manifest, header: &Header) -> Result<(), Damage> {
+pub(crate) fn check_manifest(manifest: &Manifest, header: &Header) -> Result<(), Damage> {
     let damaged = |reason: String| Damage::new(Place::Manifest, reason);
     if manifest.format != header.format
         || manifest.page_bytes != PAGE_BYTES_FIELD

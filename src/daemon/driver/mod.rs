@@ -140,6 +140,8 @@ pub(super) fn start_defined(
     let config = domain.lock().definition.clone();
     let config = config.ok_or_else(super::managed::not_running)?;
     if let Some(image) = driver.managed_save_file(domain.uuid) {
+        // What was saved, which may have another document than what is defined now.
+        let config = Arc::new(save::config_of(&image)?);
         let paused = paused || save::was_paused(&driver.paths.managed_save(domain.uuid));
         let start = Start {
             boot: Boot::Image(&image),

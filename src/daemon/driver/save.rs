@@ -1,5 +1,6 @@
 //! Saving a domain to a file and stopping it, and bringing it back.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,7 +29,9 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(232, Slow, save_flags),
     procedure!(233, Slow, restore_flags),
     procedure!(235, Slow, image_xml),
+    procedure!(236, Slow, define_image),
     procedure!(388, Slow, managed_save_xml),
+    procedure!(389, Slow, define_managed_save),
     procedure!(440, Slow, save_params),
     procedure!(441, Slow, restore_params),
 ];
@@ -49,8 +52,17 @@ pub(super) fn was_paused(image: &Path) -> bool {
     getxattr(image, PAUSED_ATTRIBUTE, &mut value).is_ok_and(|_| value == *b"1")
 }
 
+fn set_paused(image: &Path) -> io::Result<()> {
+    Ok(setxattr(
+        image,
+        PAUSED_ATTRIBUTE,
+        b"1",
+        XattrFlags::empty(),
+    )?)
+}
+
 fn note_paused(image: &Path) {
-    if let Err(error) = setxattr(image, PAUSED_ATTRIBUTE, b"1", XattrFlags::empty()) {
+    if let Err(error) = set_paused(image) {
         log::warn!(
             "{}: cannot note that the domain was paused ({error}): it will run once restored",
             image.display()
@@ -78,29 +90,39 @@ fn check(path: &str, flags: u32, function: &str) -> Answer<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-fn no_other_xml(xml: Option<&String>) -> Answer<()> {
-    match xml {
-        None => Ok(()),
-        Some(_) => Err(RpcError::new(
-            Code::ArgumentUnsupported,
-            "an image is restored with the document that it holds, not with another one",
-        )),
-    }
-}
-
-/// Saves a running domain and stops it: what is saved is the last that it did.
-fn save_to(driver: &Livepoint, domain: &Arc<Managed>, out: &Path, flags: u32) -> Answer<()> {
+/// Saves a running domain and stops it: what is saved is the last that it did. Where there is another
+/// document, it is restored by that.
+fn save_to(
+    driver: &Livepoint,
+    domain: &Arc<Managed>,
+    out: &Path,
+    xml: Option<&str>,
+    flags: u32,
+) -> Answer<()> {
     let guard = domain.begin(JobKind::Save)?;
-    let was_paused = {
+    let (was_paused, config) = {
         let state = domain.lock();
-        state.active()?.run.is_paused()
+        let live = state.active()?;
+        (live.run.is_paused(), live.config.clone())
     };
+    if let Some(xml) = xml {
+        // Before anything is done.
+        let other = config.check_same_guest(&parse_domain(xml)?);
+        other.map_err(|error| failed(&error.into()))?;
+    }
     if !was_paused {
         driver.pause(domain, Paused::Save)?;
     }
     let mut request = CheckpointRequest::new(Protocol::Stop);
     request.out = Some(out.to_owned());
-    if let Err(error) = checkpoint(driver, domain, &guard.job, request) {
+    let saved = checkpoint(driver, domain, &guard.job, request).and_then(|_| match xml {
+        None => Ok(()),
+        Some(xml) => {
+            let replaced = Image::replace_document(out, xml, |_| Ok(()));
+            replaced.map_err(|error| failed(&error))
+        }
+    });
+    if let Err(error) = saved {
         if !was_paused && domain.lock().live.is_some() {
             driver.resume(domain, Running::SaveCanceled)?;
         }
@@ -120,18 +142,20 @@ fn save_flags(
     call: &DriverCall<'_>,
     (wanted, to, xml, flags): (DomainRef, String, Option<String>, u32),
 ) -> Answer<()> {
-    no_other_xml(xml.as_ref())?;
     let out = check(&to, flags, "virDomainSaveFlags")?;
     let domain = call.driver.registry.find(&wanted)?;
-    save_to(call.driver, &domain, &out, flags)
+    save_to(call.driver, &domain, &out, xml.as_deref(), flags)
 }
 
-/// Reads the parameters of a save or a restore; returns the file.
-fn file_param(params: List<TypedParam, 64>) -> Answer<String> {
-    let mut file = None;
+type Params = List<TypedParam, 64>;
+
+/// Reads the parameters of a save or a restore: the file, and another document.
+fn read_params(params: Params) -> Answer<(String, Option<String>)> {
+    let (mut file, mut xml) = (None, None);
     for param in params.0 {
         match (param.field.as_str(), param.value) {
             ("file", TypedValue::Text(path)) => file = Some(path),
+            ("dxml", TypedValue::Text(document)) => xml = Some(document),
             (field, _) => {
                 return Err(RpcError::new(
                     Code::ArgumentUnsupported,
@@ -140,21 +164,21 @@ fn file_param(params: List<TypedParam, 64>) -> Answer<String> {
             }
         }
     }
-    file.ok_or_else(|| RpcError::new(Code::InvalidArg, "missing parameter 'file'"))
+    let file = file.ok_or_else(|| RpcError::new(Code::InvalidArg, "missing parameter 'file'"))?;
+    Ok((file, xml))
 }
-
-type Params = List<TypedParam, 64>;
 
 fn save_params(
     call: &DriverCall<'_>,
     (wanted, params, flags): (DomainRef, Params, u32),
 ) -> Answer<()> {
-    let file = file_param(params)?;
-    save_flags(call, (wanted, file, None, flags))
+    let (file, xml) = read_params(params)?;
+    save_flags(call, (wanted, file, xml, flags))
 }
 
 fn restore_params(call: &DriverCall<'_>, (params, flags): (Params, u32)) -> Answer<()> {
-    restore_flags(call, (file_param(params)?, None, flags))
+    let (file, xml) = read_params(params)?;
+    restore_flags(call, (file, xml, flags))
 }
 
 fn restore(call: &DriverCall<'_>, (from,): (String,)) -> Answer<()> {
@@ -165,13 +189,18 @@ fn restore_flags(
     call: &DriverCall<'_>,
     (from, xml, flags): (String, Option<String>, u32),
 ) -> Answer<()> {
-    no_other_xml(xml.as_ref())?;
     let image = check(&from, flags, "virDomainRestoreFlags")?;
     let driver = call.driver;
-    let config = Arc::new(config_of(&image)?);
+    let config = Arc::new(match &xml {
+        None => config_of(&image)?,
+        Some(xml) => other_config_of(&image, xml)?,
+    });
     let (domain, _job) = claim(driver, &config, JobKind::Restore)?;
     let start = Start {
-        boot: Boot::Image(&image),
+        boot: match &xml {
+            None => Boot::Image(&image),
+            Some(_) => Boot::ImageAs(&image, &config),
+        },
         paused: flags & PAUSED != 0 || (flags & RUNNING == 0 && was_paused(&image)),
         why: Running::Restored,
         owner: None,
@@ -187,6 +216,29 @@ fn restore_flags(
 pub(super) fn config_of(image: &Path) -> Answer<DomainConfig> {
     let image = Image::open(image).map_err(|error| failed(&error))?;
     parse_domain(image.domain_xml())
+}
+
+/// Returns the domain that an image is to be restored as.
+fn other_config_of(image: &Path, xml: &str) -> Answer<DomainConfig> {
+    let image = Image::open(image).map_err(|error| failed(&error))?;
+    image.check_document(xml).map_err(|error| failed(&error))
+}
+
+/// Replaces the document of an image, and whether its domain is to stay paused.
+fn redefine(image: &Path, xml: &str, flags: u32) -> Answer<()> {
+    let was = was_paused(image);
+    let paused = flags & PAUSED != 0 || (was && flags & RUNNING == 0);
+    if paused == was && config_of(image)? == other_config_of(image, xml)? {
+        return Ok(());
+    }
+    let prepare = |new: &Path| if paused { set_paused(new) } else { Ok(()) };
+    Image::replace_document(image, xml, prepare).map_err(|error| failed(&error))
+}
+
+fn define_image(_: &DriverCall<'_>, (file, xml, flags): (String, String, u32)) -> Answer<()> {
+    let function = "virDomainSaveImageDefineXML";
+    check_flags(flags, RUNNING | PAUSED, function)?;
+    redefine(&check(&file, flags, function)?, &xml, flags)
 }
 
 fn image_xml(_: &DriverCall<'_>, (file, flags): (String, u32)) -> Answer<String> {
@@ -211,7 +263,7 @@ fn managed_save(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Ans
             ));
         }
     }
-    save_to(driver, &domain, &out, flags)
+    save_to(driver, &domain, &out, None, flags)
 }
 
 fn has_managed_save(call: &DriverCall<'_>, (wanted, _): (DomainRef, u32)) -> Answer<i32> {
@@ -231,14 +283,33 @@ fn managed_save_remove(call: &DriverCall<'_>, (wanted, _): (DomainRef, u32)) -> 
     remove_managed(call.driver, domain.uuid)
 }
 
-fn managed_save_xml(call: &DriverCall<'_>, (wanted, _): (DomainRef, u32)) -> Answer<String> {
-    let domain = call.driver.registry.find(&wanted)?;
-    let Some(image) = call.driver.managed_save_file(domain.uuid) else {
-        return Err(RpcError::new(
+/// Returns the image of a domain that has one.
+fn managed_image(driver: &Livepoint, domain: &Managed) -> Answer<PathBuf> {
+    driver.managed_save_file(domain.uuid).ok_or_else(|| {
+        RpcError::new(
             Code::OperationInvalid,
             "domain does not have managed save image",
-        ));
-    };
+        )
+    })
+}
+
+fn managed_save_xml(call: &DriverCall<'_>, (wanted, _): (DomainRef, u32)) -> Answer<String> {
+    let domain = call.driver.registry.find(&wanted)?;
+    let image = managed_image(call.driver, &domain)?;
     let image = Image::open(&image).map_err(|error| failed(&error))?;
     Ok(image.domain_xml().to_owned())
+}
+
+fn define_managed_save(
+    call: &DriverCall<'_>,
+    (wanted, xml, flags): (DomainRef, Option<String>, u32),
+) -> Answer<()> {
+    let function = "virDomainManagedSaveDefineXML";
+    check_flags(flags, RUNNING | PAUSED, function)?;
+    let domain = call.driver.registry.find(&wanted)?;
+    let _job = domain.begin(JobKind::Modify)?;
+    let image = managed_image(call.driver, &domain)?;
+    let image = check(&image.to_string_lossy(), flags, function)?;
+    let xml = xml.ok_or_else(|| RpcError::new(Code::InvalidArg, "a document is needed"))?;
+    redefine(&image, &xml, flags)
 }
