@@ -497,6 +497,8 @@ fn a_disk_tells_its_size_and_what_was_asked_of_it() {
         "vda wr_bytes 0",
         "vda flush_operations 0",
         "vda errs 0",
+        "vda rd_total_times 0",
+        "vda flush_total_times 0",
     ] {
         assert!(stats.contains(line), "{stats}");
     }
@@ -506,6 +508,7 @@ fn a_disk_tells_its_size_and_what_was_asked_of_it() {
         "block.count=1",
         "block.0.name=vda",
         "block.0.rd.reqs=0",
+        "block.0.wr.times=0",
         "block.0.capacity=8388608",
     ] {
         assert!(all.contains(line), "{all}");

@@ -121,6 +121,11 @@ impl PciDevices {
         Ok(slot)
     }
 
+    /// Takes a device out.
+    pub fn remove(&mut self, slot: PciSlot) -> Option<PciDevice> {
+        self.0.remove(&slot)
+    }
+
     fn free_slot(&self) -> Result<PciSlot, ValueError> {
         let mut slots = (1..=PCI_SLOT_MAX).map(PciSlot);
         let free = slots.find(|slot| !self.0.contains_key(slot));

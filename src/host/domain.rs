@@ -390,6 +390,11 @@ impl Domain {
         Ok(self.machine()?.reset()?)
     }
 
+    /// Gives each vCPU a non-maskable interrupt. Waits for a checkpoint's pause to end.
+    pub fn inject_nmi(&self) -> Result<(), HostError> {
+        Ok(self.machine()?.inject_nmi()?)
+    }
+
     /// Ends the machine at once. A checkpoint that runs fails. Blocks until the vCPUs have ended.
     pub fn destroy(&self) -> Result<(), HostError> {
         let machine = self.machine()?;
@@ -784,6 +789,9 @@ fn disks_of(machine: &Machine) -> Vec<DiskUse> {
                 written_bytes: read(&counters.written_bytes),
                 flushes: read(&counters.flushes),
                 errors: read(&counters.errors),
+                read_ns: read(&counters.read_ns),
+                write_ns: read(&counters.write_ns),
+                flush_ns: read(&counters.flush_ns),
             }
         })
         .collect()

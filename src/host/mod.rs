@@ -28,7 +28,8 @@ use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::{DirtyRateMode, Protocol};
 pub use crate::domain::{
-    DiskFormat, DomainConfig, DomainError, DomainName, MemorySize, VCPUS_MAX, Vcpus, XmlView,
+    DiskFormat, DomainConfig, DomainError, DomainName, LifecycleAction, MemorySize, PciDevice,
+    PciDeviceKind, PciDevices, PciSlot, VCPUS_MAX, Vcpus, XmlView,
 };
 pub use crate::foreign::{
     ForeignError, ForeignGuest, GuestIdentity, Kick, KvmHandle, Passage, RegionSpec, SavedState,

@@ -364,6 +364,25 @@ impl Machine {
         self.shared.reset()
     }
 
+    /// Gives each vCPU a non-maskable interrupt, as a server's button for that does. Waits until no
+    /// engine's pause is in force.
+    pub fn inject_nmi(&self) -> Result<(), MachineError> {
+        let _changing = self.shared.lock_changing();
+        match self.state() {
+            MachineState::Running | MachineState::Paused => {}
+            state => return Err(WrongState { state }.into()),
+        }
+        self.shared.while_stopped(|| {
+            let mut vcpus = self.shared.vcpus.iter();
+            vcpus.try_for_each(|vcpu| {
+                vcpu.fd.nmi().map_err(|error| MachineError::Kvm {
+                    what: "give a vCPU a non-maskable interrupt",
+                    source: io::Error::from_raw_os_error(error.errno()),
+                })
+            })
+        })
+    }
+
     /// Ends the machine at once. One that has ended is left as it is.
     ///
     /// An engine that has it paused may still save it, and then resumes it to no effect.

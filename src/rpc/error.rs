@@ -48,6 +48,8 @@ pub enum Code {
     NoDomainMetadata = 80,
     /// The operation is not supported in this state or configuration.
     OperationUnsupported = 84,
+    /// The domain has no such device.
+    DeviceMissing = 99,
     /// There is no such disk checkpoint.
     NoDomainCheckpoint = 103,
 }
@@ -122,6 +124,7 @@ fn prefix(code: Code) -> Option<&'static str> {
         Code::OperationAborted => "operation aborted",
         Code::NoDomainMetadata => "metadata not found",
         Code::OperationUnsupported => "Operation not supported",
+        Code::DeviceMissing => "device not found",
         Code::NoDomainCheckpoint => "Domain checkpoint not found",
     })
 }

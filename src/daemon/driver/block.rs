@@ -135,6 +135,9 @@ fn use_of(call: &DriverCall<'_>, wanted: &DomainRef, path: &str) -> Answer<DiskU
         sum.written_bytes += disk.written_bytes;
         sum.flushes += disk.flushes;
         sum.errors += disk.errors;
+        sum.read_ns += disk.read_ns;
+        sum.write_ns += disk.write_ns;
+        sum.flush_ns += disk.flush_ns;
     }
     Ok(sum)
 }
@@ -171,6 +174,9 @@ fn stats_flags(
         ("rd_bytes", disk.read_bytes),
         ("rd_operations", disk.reads),
         ("flush_operations", disk.flushes),
+        ("wr_total_times", disk.write_ns),
+        ("rd_total_times", disk.read_ns),
+        ("flush_total_times", disk.flush_ns),
         ("errs", disk.errors),
     ];
     let count = i32::try_from(figures.len()).unwrap_or(0);

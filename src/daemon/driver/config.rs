@@ -6,29 +6,26 @@ use super::info::{AFFECT_CONFIG, AFFECT_LIVE};
 use super::{Answer, DriverCall, Livepoint, check_flags, parse_domain};
 use crate::daemon::job::JobKind;
 use crate::daemon::managed::{Managed, not_running};
-use crate::daemon::{definitions, state, texts, worker, xml};
+use crate::daemon::{definitions, state, texts, worker};
 use crate::host::control::protocol::{MemoryBytes, Method};
 use crate::host::{
-    Domain, DomainChanges, DomainConfig, DomainName, DomainTexts, MemorySize, Vcpus, XmlView,
+    Domain, DomainChanges, DomainConfig, DomainName, DomainTexts, LifecycleAction, MemorySize,
+    Vcpus, XmlView,
 };
 use crate::rpc::{Code, DomainRef, Event, Procedure, RpcError, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
-    procedure!(8, Slow, attach),
-    procedure!(13, Slow, detach),
     procedure!(15, Quick, autostart),
     procedure!(29, Slow, set_autostart),
     procedure!(30, Slow, set_max_memory),
     procedure!(31, Slow, set_memory),
     procedure!(32, Slow, set_vcpus),
-    procedure!(160, Slow, attach_flags),
-    procedure!(161, Slow, detach_flags),
-    procedure!(174, Slow, update),
     procedure!(199, Slow, set_vcpus_flags),
     procedure!(204, Slow, set_memory_flags),
     procedure!(264, Slow, set_metadata),
     procedure!(265, Quick, metadata),
     procedure!(358, Slow, rename),
+    procedure!(390, Slow, set_lifecycle_action),
 ];
 
 fn invalid(why: impl Into<String>) -> RpcError {
@@ -36,13 +33,13 @@ fn invalid(why: impl Into<String>) -> RpcError {
 }
 
 /// Which of the running machine and the definition a call is about.
-struct Affected {
-    live: bool,
-    config: bool,
+pub(super) struct Affected {
+    pub(super) live: bool,
+    pub(super) config: bool,
 }
 
 /// Resolves the flags of a call as libvirt does (`virDomainObjUpdateModificationImpact`).
-fn affected(domain: &Managed, flags: u32) -> Answer<Affected> {
+pub(super) fn affected(domain: &Managed, flags: u32) -> Answer<Affected> {
     let state = domain.lock();
     let is_active = state.live.is_some();
     let chosen = match flags & (AFFECT_LIVE | AFFECT_CONFIG) {
@@ -66,7 +63,7 @@ fn affected(domain: &Managed, flags: u32) -> Answer<Affected> {
 }
 
 /// Replaces a domain's definition with a changed one.
-fn redefine(
+pub(super) fn redefine(
     driver: &Livepoint,
     domain: &Managed,
     change: impl FnOnce(&DomainConfig) -> Answer<DomainConfig>,
@@ -404,77 +401,51 @@ fn rename(
     Ok(0)
 }
 
-fn attach(call: &DriverCall<'_>, (wanted, xml): (DomainRef, String)) -> Answer<()> {
-    attach_flags(call, (wanted, xml, AFFECT_LIVE))
-}
-
-fn detach(call: &DriverCall<'_>, (wanted, xml): (DomainRef, String)) -> Answer<()> {
-    detach_flags(call, (wanted, xml, AFFECT_LIVE))
-}
-
-/// Returns the name of a device document's element.
-fn device_kind(document: &str) -> Answer<String> {
-    let kind = xml::root_name(document)?;
-    xml::read(document, &kind)?;
-    Ok(kind)
-}
-
-fn not_supported(what: &str, kind: &str) -> RpcError {
-    RpcError::new(
-        Code::OperationUnsupported,
-        format!("{what} of device '{kind}' is not supported"),
-    )
-}
-
-fn attach_flags(
+fn set_lifecycle_action(
     call: &DriverCall<'_>,
-    (wanted, device, flags): (DomainRef, String, u32),
+    (wanted, kind, action, flags): (DomainRef, u32, u32, u32),
 ) -> Answer<()> {
-    check_flags(
-        flags,
-        AFFECT_LIVE | AFFECT_CONFIG,
-        "virDomainAttachDeviceFlags",
-    )?;
+    // `virDomainLifecycle` and `virDomainLifecycleAction`.
+    const POWEROFF: u32 = 0;
+    const REBOOT: u32 = 1;
+    const CRASH: u32 = 2;
+    let function = "virDomainSetLifecycleAction";
+    check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG, function)?;
+    let wrong = |why: String| RpcError::new(Code::InvalidArg, why);
+    let action = match action {
+        0 => LifecycleAction::Destroy,
+        1 => LifecycleAction::Restart,
+        3 => LifecycleAction::Preserve,
+        other => {
+            return Err(RpcError::new(
+                Code::ConfigUnsupported,
+                format!(
+                    "lifecycle action {other} is not supported: destroy, restart, preserve are"
+                ),
+            ));
+        }
+    };
+    if kind > CRASH {
+        return Err(wrong(format!("invalid lifecycle type '{kind}'")));
+    }
     let domain = call.driver.registry.find(&wanted)?;
     let _job = domain.begin(JobKind::Modify)?;
-    let affected = affected(&domain, flags)?;
-    let kind = device_kind(&device)?;
-    if affected.live {
-        return Err(not_supported("live attach", &kind));
+    if affected(&domain, flags)?.live {
+        return Err(RpcError::new(
+            Code::OperationUnsupported,
+            "the lifecycle actions of a running domain do not change",
+        ));
     }
     redefine(call.driver, &domain, |old| {
-        let xml = old.to_xml(XmlView::Inactive);
-        // The last one: what programs keep in the document comes before it.
-        let end = xml.rfind("</devices>");
-        let end = end.ok_or_else(|| not_supported("persistent attach", &kind))?;
-        let (before, after) = xml.split_at(end);
-        let with = format!("{before}{device}{after}");
-        parse_domain(&with)
+        let mut new = old.clone();
+        let lifecycle = &mut new.lifecycle;
+        let place = match kind {
+            POWEROFF => &mut lifecycle.on_poweroff,
+            REBOOT => &mut lifecycle.on_reboot,
+            _ => &mut lifecycle.on_crash,
+        };
+        *place = action;
+        // As a document is held to the rules.
+        parse_domain(&new.to_xml(XmlView::Inactive))
     })
-}
-
-fn detach_flags(
-    call: &DriverCall<'_>,
-    (wanted, device, flags): (DomainRef, String, u32),
-) -> Answer<()> {
-    changes_no_device(call, &wanted, &device, flags, "detach")
-}
-
-fn update(call: &DriverCall<'_>, (wanted, device, flags): (DomainRef, String, u32)) -> Answer<()> {
-    changes_no_device(call, &wanted, &device, flags, "update")
-}
-
-fn changes_no_device(
-    call: &DriverCall<'_>,
-    wanted: &DomainRef,
-    device: &str,
-    flags: u32,
-    what: &str,
-) -> Answer<()> {
-    check_flags(flags, 7, "virDomainDetachDeviceFlags")?;
-    let domain = call.driver.registry.find(wanted)?;
-    let affected = affected(&domain, flags)?;
-    let kind = device_kind(device)?;
-    let how = if affected.live { "live" } else { "persistent" };
-    Err(not_supported(&format!("{how} {what}"), &kind))
 }

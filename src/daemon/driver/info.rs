@@ -1,13 +1,12 @@
 //! What a domain is and does.
 
-use super::host::{all_cpus, topology};
-use super::stats::{Figures, cpu_time_ns, vcpu_times_ns};
+use super::stats::{Figures, cpu_time_ns};
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
 use crate::daemon::worker;
 use crate::host::XmlView;
 use crate::host::control::protocol::Method;
-use crate::rpc::{Bytes, CharList, Code, DomainRef, List, Procedure, RpcError, procedure};
+use crate::rpc::{CharList, Code, DomainRef, List, Procedure, RpcError, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(14, Slow, xml_desc),
@@ -15,7 +14,6 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(17, Quick, max_memory),
     procedure!(18, Quick, max_vcpus),
     procedure!(19, Quick, os_type),
-    procedure!(20, Quick, vcpus),
     procedure!(121, Quick, security_label),
     procedure!(150, Quick, is_active),
     procedure!(151, Quick, is_persistent),
@@ -23,7 +21,6 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(202, Quick, is_updated),
     procedure!(212, Quick, state),
     procedure!(229, Quick, control_info),
-    procedure!(230, Quick, vcpu_pins),
     procedure!(426, Quick, messages),
 ];
 
@@ -94,7 +91,7 @@ fn max_vcpus(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<i32> {
     vcpu_count(call, (wanted, AFFECT_LIVE))
 }
 
-fn vcpu_count(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Answer<i32> {
+pub(super) fn vcpu_count(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Answer<i32> {
     const MAXIMUM: u32 = 4;
     const GUEST: u32 = 8;
     check_flags(
@@ -124,54 +121,6 @@ fn vcpu_count(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Answe
 fn os_type(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<&'static str> {
     call.driver.registry.find(&wanted)?;
     Ok("hvm")
-}
-
-/// A vCPU: its number, its state, its time in ns, the CPU that it is on.
-type VcpuInfo = (u32, i32, u64, i32);
-type VcpuMaps = Bytes<8_388_608>;
-
-fn vcpus(
-    call: &DriverCall<'_>,
-    (wanted, most, map_bytes): (DomainRef, i32, i32),
-) -> Answer<(List<VcpuInfo, 16_384>, VcpuMaps)> {
-    const VCPU_RUNNING: i32 = 1;
-    let domain = call.driver.registry.find(&wanted)?;
-    let (pid, count) = {
-        let state = domain.lock();
-        let live = state.active()?;
-        (live.pid, u32::from(live.config.machine.vcpus.count()))
-    };
-    let times = vcpu_times_ns(pid);
-    let most = usize::try_from(most).unwrap_or(0);
-    let infos: Vec<VcpuInfo> = (0..count)
-        .map(|vcpu| {
-            let thread = times.get(&vcpu).copied().unwrap_or_default();
-            (vcpu, VCPU_RUNNING, thread.time_ns, thread.cpu)
-        })
-        .take(most)
-        .collect();
-    let maps = cpu_maps(infos.len(), map_bytes)?;
-    Ok((List(infos), Bytes(maps)))
-}
-
-/// Returns maps of `bytes` each that say that a vCPU may run on every CPU.
-fn cpu_maps(count: usize, bytes: i32) -> Answer<Vec<u8>> {
-    let bytes = usize::try_from(bytes).unwrap_or(0);
-    if count * bytes > 8_388_608 {
-        return Err(RpcError::new(Code::InvalidArg, "the CPU maps are too long"));
-    }
-    let mut map = all_cpus(topology().cpus);
-    map.resize(bytes, 0);
-    Ok(map.repeat(count))
-}
-
-fn vcpu_pins(
-    call: &DriverCall<'_>,
-    (wanted, count, map_bytes, flags): (DomainRef, i32, i32, u32),
-) -> Answer<(VcpuMaps, i32)> {
-    let vcpus = vcpu_count(call, (wanted, flags))?.min(count).max(0);
-    let maps = cpu_maps(usize::try_from(vcpus).unwrap_or(0), map_bytes)?;
-    Ok((Bytes(maps), vcpus))
 }
 
 fn security_label(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<(CharList, i32)> {

@@ -25,6 +25,7 @@ pub(super) const TABLE: &[Procedure<Livepoint>] = &[
     procedure!(34, Slow, suspend),
     procedure!(35, Slow, undefine),
     procedure!(196, Slow, create_with_flags),
+    procedure!(210, Slow, inject_nmi),
     procedure!(231, Slow, undefine_flags),
     procedure!(234, Slow, destroy_flags),
     procedure!(245, Slow, reset),
@@ -301,6 +302,13 @@ fn reset(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Answer<()>
     check_flags(flags, 0, "virDomainReset")?;
     let (_, name) = running(call, &wanted)?;
     worker::run(&call.driver.paths, &name, Method::Reset)
+}
+
+fn inject_nmi(call: &DriverCall<'_>, (wanted, flags): (DomainRef, u32)) -> Answer<()> {
+    check_flags(flags, 0, "virDomainInjectNMI")?;
+    let (domain, name) = running(call, &wanted)?;
+    let _job = domain.begin(JobKind::Modify)?;
+    worker::run(&call.driver.paths, &name, Method::InjectNmi)
 }
 
 fn suspend(call: &DriverCall<'_>, (wanted,): (DomainRef,)) -> Answer<()> {

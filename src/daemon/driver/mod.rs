@@ -9,6 +9,7 @@ mod block;
 mod config;
 mod connect;
 mod console;
+mod devices;
 mod dirty_rate;
 mod dump;
 mod events;
@@ -23,6 +24,7 @@ mod snapshot;
 mod snapshot_document;
 mod snapshot_info;
 mod stats;
+mod vcpus;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -50,7 +52,9 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     lookup::TABLE,
     lifecycle::TABLE,
     info::TABLE,
+    vcpus::TABLE,
     config::TABLE,
+    devices::TABLE,
     stats::TABLE,
     dirty_rate::TABLE,
     block::TABLE,

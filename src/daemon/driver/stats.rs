@@ -4,6 +4,8 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs;
 
+use rustix::process::Pid;
+
 use super::block::{DiskOf, disks_of, status_of};
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
@@ -24,6 +26,8 @@ const TICK_NS: u64 = 10_000_000;
 /// The time that a thread has run, and where.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ThreadTime {
+    /// The thread; none stands for the caller's.
+    pub(super) tid: Option<Pid>,
     pub(super) time_ns: u64,
     pub(super) cpu: i32,
 }
@@ -60,7 +64,10 @@ pub(super) fn vcpu_times_ns(pid: u32) -> BTreeMap<u32, ThreadTime> {
             (vcpu, read_stat(&path.join("stat").to_string_lossy()))
         {
             let time_ns = user + system;
-            found.insert(vcpu, ThreadTime { time_ns, cpu });
+            let tid = thread.file_name();
+            let tid = tid.to_str().and_then(|tid| tid.parse().ok());
+            let tid = tid.and_then(Pid::from_raw);
+            found.insert(vcpu, ThreadTime { tid, time_ns, cpu });
         }
     }
     found
@@ -334,6 +341,9 @@ fn block_stats(disks: Vec<DiskOf>, figures: &Figures<'_>, params: &mut Vec<Typed
             params.push(number("wr.reqs", used.writes));
             params.push(number("wr.bytes", used.written_bytes));
             params.push(number("fl.reqs", used.flushes));
+            params.push(number("rd.times", used.read_ns));
+            params.push(number("wr.times", used.write_ns));
+            params.push(number("fl.times", used.flush_ns));
             params.push(number("errors", used.errors));
         }
         if let Ok(sizes) = disk.sizes() {

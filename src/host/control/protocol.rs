@@ -66,6 +66,8 @@ pub enum Method {
     Shutdown,
     /// Resets the machine, as its reset button would.
     Reset,
+    /// Gives each vCPU a non-maskable interrupt.
+    InjectNmi,
     /// Ends the machine at once.
     Destroy,
     /// Starts a checkpoint; answered with a [`JobStarted`] at once.
@@ -170,6 +172,15 @@ pub struct DiskUse {
     pub flushes: u64,
     /// Requests that storage did not carry out.
     pub errors: u64,
+    /// Nanoseconds that the reads took.
+    #[serde(default)]
+    pub read_ns: u64,
+    /// Nanoseconds that the writes took.
+    #[serde(default)]
+    pub write_ns: u64,
+    /// Nanoseconds that the flushes took.
+    #[serde(default)]
+    pub flush_ns: u64,
 }
 
 /// What passed a network interface since its machine was started; from the guest's side.

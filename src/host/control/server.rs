@@ -285,6 +285,7 @@ impl Connection<'_> {
             Method::Resume => nothing(domain.resume()),
             Method::Shutdown => nothing(domain.shutdown()),
             Method::Reset => nothing(domain.reset()),
+            Method::InjectNmi => nothing(domain.inject_nmi()),
             Method::Destroy => nothing(domain.destroy()),
             Method::Checkpoint(request) => domain
                 .start_checkpoint(&request)

@@ -60,6 +60,12 @@ pub struct DiskCounters {
     pub written_bytes: AtomicU64,
     /// Flushes.
     pub flushes: AtomicU64,
+    /// Nanoseconds that the reads took.
+    pub read_ns: AtomicU64,
+    /// Nanoseconds that the writes took.
+    pub write_ns: AtomicU64,
+    /// Nanoseconds that the flushes took.
+    pub flush_ns: AtomicU64,
     /// Requests that storage did not carry out.
     pub errors: AtomicU64,
 }

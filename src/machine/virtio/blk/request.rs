@@ -1,6 +1,7 @@
 //! One request of a disk's driver.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -59,6 +60,7 @@ pub(super) fn carry_out(
     let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
     let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
     let (in_bytes, out_bytes) = (writable.len() as u64, readable.len() as u64);
+    let began = Instant::now();
     let result = match kind {
         VIRTIO_BLK_T_IN => read(disk, sector, writable),
         VIRTIO_BLK_T_OUT => write(disk, sector, readable).map(|()| 0),
@@ -80,7 +82,14 @@ pub(super) fn carry_out(
         }
         result => result,
     };
-    count(disk.counters(), kind, &result, in_bytes, out_bytes);
+    count(
+        disk.counters(),
+        kind,
+        &result,
+        in_bytes,
+        out_bytes,
+        began.elapsed(),
+    );
     let (written, code) = match result {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
         Err(Refused::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
@@ -103,18 +112,25 @@ fn count(
     result: &Result<u32, Refused>,
     in_bytes: u64,
     out_bytes: u64,
+    took: Duration,
 ) {
     let add = DiskCounters::add;
+    let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
     match (result, kind) {
         (Ok(_), VIRTIO_BLK_T_IN) => {
             add(&counters.reads, 1);
             add(&counters.read_bytes, in_bytes);
+            add(&counters.read_ns, took_ns);
         }
         (Ok(_), VIRTIO_BLK_T_OUT) => {
             add(&counters.writes, 1);
             add(&counters.written_bytes, out_bytes);
+            add(&counters.write_ns, took_ns);
         }
-        (Ok(_), VIRTIO_BLK_T_FLUSH) => add(&counters.flushes, 1),
+        (Ok(_), VIRTIO_BLK_T_FLUSH) => {
+            add(&counters.flushes, 1);
+            add(&counters.flush_ns, took_ns);
+        }
         (Err(Refused::Failed(_)), _) => add(&counters.errors, 1),
         _ => {}
     }
