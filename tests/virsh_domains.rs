@@ -360,3 +360,15 @@ fn guests_are_shut_down_with_the_host_or_named() {
     let (done, said) = guests(&daemon, &["stop-guests"]);
     assert!(!done && said.contains("no daemon answers at"), "{said}");
 }
+
+#[test]
+fn a_snapshot_that_has_no_image_names_the_format_of_the_disk_that_it_cannot_keep() {
+    let daemon = Daemon::new();
+    let devices = "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+                   <source file='/nowhere.qcow2'/><target dev='vda' bus='virtio'/></disk>";
+    let file = daemon.domain("q", "echo", 64, devices);
+    daemon.ok(&["define", file.to_str().unwrap()]);
+    let said = daemon.refused(&["snapshot-create-as", "q", "s"]);
+    let libvirts = "internal snapshot for disk vda unsupported for storage type qcow2";
+    assert!(said.contains(libvirts), "{said}");
+}

@@ -328,12 +328,22 @@ fn the_dirty_rate_is_of_the_pages_that_the_guest_writes() {
     let none = dirty_rate(&daemon);
     assert_eq!(none["calc_status"], "0");
     assert!(!none.contains_key("megabytes_per_second"), "{none:?}");
-    // Its 4096 pages over and over, however fast it is, and few others.
-    let pages = pages_in_a_second(&daemon, "dirty-bitmap");
-    assert!((1024..4096 + 256).contains(&pages), "{pages} pages");
-    // A quarter of its memory, by some hundred samples.
-    let pages = pages_in_a_second(&daemon, "page-sampling");
-    assert!((512..2 * 4096).contains(&pages), "{pages} pages");
+    // Its 4096 pages over and over, and few others; a quarter of its memory, by some hundred samples.
+    // On a host that is busy it may be slow for a while.
+    for (mode, wanted) in [
+        ("dirty-bitmap", 1024..4096 + 256),
+        ("page-sampling", 512..2 * 4096),
+    ] {
+        let began = Instant::now();
+        loop {
+            let pages = pages_in_a_second(&daemon, mode);
+            assert!(pages < wanted.end, "{mode}: {pages} pages");
+            if pages >= wanted.start {
+                break;
+            }
+            assert!(began.elapsed() < GUEST_TIMEOUT, "{mode}: {pages} pages");
+        }
+    }
     // A daemon that comes later knows it too.
     let mut daemon = daemon;
     daemon.kill();
