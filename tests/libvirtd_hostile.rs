@@ -300,9 +300,9 @@ fn calls_that_no_client_of_libvirt_makes_are_answered_as_libvirtd_does() {
         "not of a hypervisor"
     );
     assert_eq!(
-        early.call(210, &(0_u32, 0_u32)).unwrap(),
+        early.call(211, &(0_u32, 0_u32)).unwrap(),
         Err(NO_SUPPORT),
-        "inject NMI"
+        "screenshot"
     );
     assert_eq!(early.call(23, &()).unwrap(), Err(RPC), "no arguments");
     // Neither replies nor stray pieces of streams are answered; the next call is.
