@@ -271,3 +271,31 @@ fn a_vcpu_is_pinned_to_cpus_of_the_host_while_it_runs() {
     assert!(said.contains("its definition does not say"), "{said}");
     daemon.ok(&["destroy", "d"]);
 }
+
+#[test]
+fn the_host_tells_what_it_is_and_its_free_pages() {
+    let daemon = Daemon::new();
+    let sysinfo = daemon.virsh(&["sysinfo"]);
+    let (told, said) = (
+        String::from_utf8(sysinfo.stdout).unwrap(),
+        String::from_utf8(sysinfo.stderr).unwrap(),
+    );
+    if sysinfo.status.success() {
+        assert!(told.contains("<sysinfo type='smbios'>"), "{told}");
+    } else {
+        // A host without firmware tables, as some virtual machines are.
+        assert!(said.contains("information is not available"), "{said}");
+    }
+    let all = daemon.ok(&["freepages", "--all"]);
+    let free = |text: &str, size: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(size));
+        let count = line.unwrap_or_else(|| panic!("no {size} in {text}"));
+        count.trim().parse::<u64>().unwrap()
+    };
+    assert!(all.starts_with("Node 0:"), "{all}");
+    assert!(free(&all, "4KiB:") > 0, "{all}");
+    let one = daemon.ok(&["freepages", "0", "4"]);
+    assert!(free(&one, "4KiB:") > 0, "{one}");
+    let said = daemon.refused(&["freepages", "0", "3"]);
+    assert!(said.contains("page size 3 is not available"), "{said}");
+}

@@ -4,6 +4,7 @@ use std::fs;
 
 use uuid::Uuid;
 
+use super::node::page_sizes_kib;
 use super::{Answer, DriverCall, Livepoint};
 use crate::daemon::xml::escape;
 use crate::host::VCPUS_MAX;
@@ -242,10 +243,14 @@ fn capabilities(call: &DriverCall<'_>, (): ()) -> Answer<String> {
     let cpus: String = (0..cpu.cpus)
         .map(|id| format!("            <cpu id='{id}' socket_id='0' die_id='0' core_id='{id}' siblings='{id}'/>\n"))
         .collect();
+    let pages: String = page_sizes_kib()
+        .into_iter()
+        .map(|kib| format!("      <pages unit='KiB' size='{kib}'/>\n"))
+        .collect();
     Ok(format!(
         "<capabilities>\n\n  <host>\n    <uuid>{uuid}</uuid>\n    <cpu>\n      \
-         <arch>x86_64</arch>\n      <topology sockets='{}' dies='1' cores='{}' threads='{}'/>\n    \
-         </cpu>\n    <topology>\n      <cells num='1'>\n        <cell id='0'>\n          \
+         <arch>x86_64</arch>\n      <topology sockets='{}' dies='1' cores='{}' threads='{}'/>\n\
+         {pages}    </cpu>\n    <topology>\n      <cells num='1'>\n        <cell id='0'>\n          \
          <memory unit='KiB'>{kib}</memory>\n          <cpus num='{}'>\n{cpus}          </cpus>\n        \
          </cell>\n      </cells>\n    </topology>\n  </host>\n\n  <guest>\n    \
          <os_type>hvm</os_type>\n    <arch name='x86_64'>\n      <wordsize>64</wordsize>\n      \

@@ -19,6 +19,7 @@ mod interface;
 mod jobs;
 mod lifecycle;
 mod lookup;
+mod node;
 mod save;
 mod snapshot;
 mod snapshot_document;
@@ -49,6 +50,7 @@ pub(super) type Answer<T> = Result<T, RpcError>;
 const PARTS: &[&[Procedure<Livepoint>]] = &[
     connect::TABLE,
     host::TABLE,
+    node::TABLE,
     lookup::TABLE,
     lifecycle::TABLE,
     info::TABLE,
