@@ -346,6 +346,10 @@ pub(super) struct CheckpointArgs {
     /// Most bytes a second to write to the image, as in 200M [default: no limit].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_bandwidth: Option<u64>,
+    /// How long a pause may show no sign of life before the guest is let go and the checkpoint
+    /// given up, as in 10s; a writer waits three quarters of it at most (cow) [default: 1s].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub pause_limit: Option<Duration>,
     /// Microseconds that the last copy in the pause should take at most (threaded).
     #[arg(long, value_name = "US")]
     pub downtime_budget: Option<u64>,

@@ -144,6 +144,7 @@ fn request(args: &CheckpointArgs) -> anyhow::Result<CheckpointRequest> {
     request.max_downtime_us = args.max_downtime.map(to_micros);
     request.deadline_ms = args.deadline.map(|time| to_micros(time).div_ceil(1000));
     request.max_bandwidth = args.max_bandwidth;
+    request.pause_limit_ms = args.pause_limit.map(|time| to_micros(time) / 1000);
     request.downtime_budget_us = args.downtime_budget;
     request.spare = args.spare.as_deref().map(absolute).transpose()?;
     request.durable = !args.no_sync;

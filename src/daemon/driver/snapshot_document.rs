@@ -94,7 +94,7 @@ pub(super) fn request(document: &Element, config: &DomainConfig) -> Answer<Check
 }
 
 /// Attributes of `<checkpoint>`: members of the control protocol's method of that name.
-const CONTRACT: [&str; 9] = [
+const CONTRACT: [&str; 10] = [
     "protocol",
     "codec",
     "threads",
@@ -103,6 +103,7 @@ const CONTRACT: [&str; 9] = [
     "max_downtime_us",
     "deadline_ms",
     "max_bandwidth",
+    "pause_limit_ms",
     "durable",
 ];
 

@@ -76,7 +76,7 @@ linux_xml disk.xml > example.xml
 sed -e "s|<source file='.*'/>|<source file='$work/disk.img'/>|" \
     -e 's|<name>.*</name>|<name>debian</name>|' -e 's|break=top|lab.login|' \
     -e "s|<serial type='stdio'>|<serial type='pty'>|" \
-    -e "s|<os>|<metadata><l:checkpoint xmlns:l='urn:livepoint:1' codec='none'/></metadata><os>|" \
+    -e "s|<os>|<metadata><l:checkpoint xmlns:l='urn:livepoint:1' codec='none' pause_limit_ms='30000'/></metadata><os>|" \
     example.xml > debian.xml
 start_daemon
 echo "$(v version)"
