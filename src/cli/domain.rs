@@ -12,7 +12,9 @@ use super::output::{bytes, duration, micros, table};
 use super::{Context, periodic};
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::{Method, Status};
-use crate::host::{CheckpointRequest, CheckpointSummary, JobProgress, ThreadCount};
+use crate::host::{
+    CheckpointRequest, CheckpointSummary, JobProgress, PeriodicStatus, Series, ThreadCount,
+};
 
 /// What can be done to a domain with no further argument.
 #[derive(Clone, Copy, Debug)]
@@ -66,9 +68,33 @@ pub(super) fn status(context: &Context, name: &str) -> anyhow::Result<()> {
         for console in &status.consoles {
             text += &format!("\nConsole: {}", console.display());
         }
+        if let Some(periodic) = &status.periodic {
+            text += &periodic_text(periodic);
+        }
         text
     });
     Ok(())
+}
+
+/// Says what came of the checkpoints that the domain's document asks for.
+fn periodic_text(periodic: &PeriodicStatus) -> String {
+    let every = duration(Duration::from_millis(periodic.every_ms));
+    let Series {
+        taken,
+        failed,
+        missed,
+        late,
+    } = periodic.series;
+    let mut text = format!(
+        "\nCheckpoints every {every}: {taken} taken, {failed} failed, {missed} missed, {late} late"
+    );
+    if let Some(image) = &periodic.last_image {
+        text += &format!("\nLast:    {}", image.display());
+    }
+    if let Some(error) = &periodic.last_error {
+        text += &format!("\nTrouble: {error}");
+    }
+    text
 }
 
 pub(super) fn list(context: &Context) -> anyhow::Result<()> {

@@ -9,10 +9,7 @@ use super::args::CheckpointArgs;
 use super::domain::summary_text;
 use super::output::{duration, micros};
 use crate::host::control::ControlClient;
-use crate::host::{CheckpointRequest, CheckpointSummary, HostError};
-
-/// Later than this part of the interval, a checkpoint began late.
-const LATE_PARTS: u32 = 10;
+use crate::host::{CheckpointRequest, CheckpointSummary, HostError, Schedule, Series};
 
 /// One checkpoint of a series.
 #[derive(Serialize)]
@@ -22,17 +19,6 @@ struct Taken<'a> {
     late_us: u64,
     #[serde(flatten)]
     summary: &'a CheckpointSummary,
-}
-
-/// A series, at its end.
-#[derive(Debug, Default, Serialize)]
-struct Series {
-    taken: u64,
-    failed: u64,
-    /// Times at which none began, since the one before was not done.
-    missed: u64,
-    /// Those that began later than a tenth of the interval after their time.
-    late: u64,
 }
 
 /// Takes a checkpoint every `every`, until the domain ends or `args` has enough.
@@ -47,17 +33,16 @@ pub(super) fn run(
 ) -> anyhow::Result<()> {
     anyhow::ensure!(!every.is_zero(), "an interval of no time");
     let mut client = ControlClient::connect(&context.runtime()?, &args.name)?;
-    let start = Instant::now();
+    let mut schedule = Schedule::new(Instant::now(), every);
     let mut series = Series::default();
-    let mut turn = 0_u32;
     while args
         .count
         .is_none_or(|count| series.taken + series.failed < count)
     {
-        let due = start + every * turn;
+        let due = schedule.due();
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let late = due.elapsed();
-        series.late += u64::from(late > every / LATE_PARTS);
+        series.late += u64::from(schedule.is_late(late));
         match take(&mut client, request) {
             Ok(summary) => {
                 series.taken += 1;
@@ -82,9 +67,7 @@ pub(super) fn run(
                 eprintln!("livepoint: checkpoint failed: {}", error.full_message());
             }
         }
-        let passed = start.elapsed().as_nanos() / every.as_nanos();
-        let next = u32::try_from(passed + 1).unwrap_or(u32::MAX).max(turn + 1);
-        let missed = u64::from(next - turn - 1);
+        let missed = schedule.advance(Instant::now());
         if missed > 0 {
             series.missed += missed;
             eprintln!(
@@ -92,7 +75,6 @@ pub(super) fn run(
                 duration(every)
             );
         }
-        turn = next;
     }
     context.output.print(&series, |series| {
         format!(

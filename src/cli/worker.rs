@@ -19,8 +19,8 @@ use crate::guests;
 use crate::host::control::protocol::Status;
 use crate::host::control::{ControlClient, ControlServer};
 use crate::host::{
-    BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, Image, RestoreOptions,
-    RuntimeDir, SharedMemory, TerminationSignals,
+    BuiltinKernel, DiskRestore, Domain, DomainOptions, EndReason, Image, PeriodicCheckpoints,
+    RestoreOptions, RuntimeDir, SharedMemory, TerminationSignals,
 };
 
 /// How long a detached domain may take until its control socket answers: restoring tens of
@@ -171,6 +171,8 @@ fn serve(
     args: &WorkerArgs,
     mut kept: Kept,
 ) -> anyhow::Result<ExitCode> {
+    // Before anybody can ask for them.
+    let _periodic = PeriodicCheckpoints::start(domain)?;
     let server = match kept.socket() {
         Some(socket) => ControlServer::start_at(domain.clone(), socket)?,
         None => {

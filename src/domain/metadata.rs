@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::document;
 use super::error::ValueError;
 use super::{Description, DomainConfig, Title};
+use super::{document, periodic};
 
 /// The `<metadata>` of a domain, as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,19 +45,30 @@ impl DomainConfig {
 
     fn check_metadata(&self, xml: &str) -> Result<Metadata, ValueError> {
         let expected = "one well-formed <metadata> element whose prefixes are declared";
-        let mut start = "<domain".to_owned();
-        for (prefix, namespace) in &self.namespaces {
-            let namespace = namespace.replace('&', "&amp;").replace('<', "&lt;");
-            let namespace = namespace.replace('\'', "&apos;");
-            write!(start, " xmlns:{prefix}='{namespace}'").expect("a String takes all");
-        }
-        let document = format!("{start}>{xml}</domain>");
+        let (document, _) = inside_domain(&self.namespaces, xml);
         let root = document::read(&document).map_err(|_| ValueError::new(xml, expected))?;
         match root.children.as_slice() {
-            [only] if only.raw.as_deref() == Some(xml) => Ok(Metadata(xml.to_owned())),
-            _ => Err(ValueError::new(xml, expected)),
+            [only] if only.raw.as_deref() == Some(xml) => {}
+            _ => return Err(ValueError::new(xml, expected)),
         }
+        periodic::find(&self.namespaces, xml).map_err(|found| found.error)?;
+        Ok(Metadata(xml.to_owned()))
     }
+}
+
+/// Returns a document with nothing but metadata, and where it starts in it.
+pub(super) fn inside_domain(namespaces: &[(String, String)], metadata: &str) -> (String, usize) {
+    let mut document = "<domain".to_owned();
+    for (prefix, namespace) in namespaces {
+        let namespace = namespace.replace('&', "&amp;").replace('<', "&lt;");
+        let namespace = namespace.replace('\'', "&apos;");
+        write!(document, " xmlns:{prefix}='{namespace}'").expect("a String takes all");
+    }
+    document.push('>');
+    let start = document.len();
+    document += metadata;
+    document += "</domain>";
+    (document, start)
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ mod parse;
 mod parse_devices;
 mod parse_pci;
 mod pci;
+mod periodic;
 mod rng;
 mod rules;
 mod same_guest;
@@ -70,6 +71,7 @@ pub use memory::{
 };
 pub use metadata::Metadata;
 pub use pci::{PCI_SLOT_MAX, PciDevice, PciDeviceKind, PciDevices, PciSlot};
+pub use periodic::{METADATA_NAMESPACE, Periodic};
 pub use rng::{RNG_PERIOD_MS, Rng, RngRate, RngSource};
 pub use rules::{Disposition, Rule, reference, rules};
 pub use same_guest::OtherGuest;

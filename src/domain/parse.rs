@@ -6,11 +6,12 @@ use super::clock::{ClockBasis, ClockConfig, ClockOffset, TickPolicy, TimeZoneNam
 use super::cpu::{CpuConfig, CpuMode, CpuModel, CpuTopology, FeaturePolicy, Vcpus};
 use super::cpu_features::CpuFeature;
 use super::document::{Element, is_space};
-use super::error::{DomainError, Note, ValueError};
+use super::error::{DomainError, Note, Place, ValueError};
 use super::memory::{
     HugePageSize, MEMORY_BYTES_MULTIPLE, MemoryConfig, MemorySize, MemorySource, unit_bytes,
 };
 use super::parse_devices::devices;
+use super::periodic::PeriodicError;
 use super::rules::Survey;
 use super::values::{
     BootConfig, BuiltinName, Description, DomainName, HostPath, KernelCmdline, KernelSource,
@@ -128,7 +129,25 @@ pub(super) fn domain(
         kept: survey.kept,
         ..DomainConfig::new(name, machine)
     };
+    config
+        .find_periodic()
+        .map_err(|found| refuse_periodic(root, found))?;
     Ok((config, survey.notes))
+}
+
+/// The error of what our own element in `<metadata>` asks for.
+fn refuse_periodic(root: &Element, found: PeriodicError) -> DomainError {
+    let line = root.child("metadata").map_or(root.line, |it| it.line);
+    DomainError::Invalid {
+        place: Place {
+            line: line.saturating_add(found.lines),
+            column: 1,
+            element: "checkpoint".to_owned(),
+        },
+        what: found.attribute,
+        value: found.error.value,
+        expected: found.error.expected,
+    }
 }
 
 fn uuid(element: &Element) -> Result<Uuid, DomainError> {

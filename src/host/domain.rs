@@ -20,8 +20,9 @@ use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::dirty_rate::DirtyRateMeter;
 use crate::host::disks::{self, DiskRestore};
-use crate::host::files::WhenOpen;
+use crate::host::files::{WhenOpen, images_directory};
 use crate::host::image::default_threads;
+use crate::host::periodic::{self, Plan, Reports};
 use crate::host::watch::Watchers;
 use crate::host::{
     CheckpointRequest, DirtyRateRequest, DomainEvents, EndReason, FinalState, Happening, HostError,
@@ -156,6 +157,9 @@ pub struct Domain {
     watchers: Arc<Watchers>,
     /// The domain that was saved, where this one has another identity.
     origin: Option<Uuid>,
+    /// The checkpoints at an interval that its document asks for, and what came of them.
+    periodic: Option<Plan>,
+    reports: Reports,
 }
 
 struct Inner {
@@ -198,7 +202,8 @@ impl Domain {
         // What the machine cannot do is told now rather than at the start.
         let mut spec = machine_spec(&config, &options.builtin_kernels, options.qcow2)?;
         options.attach_consoles(&mut spec)?;
-        Ok(Self::new(config, options, None, None))
+        let periodic = Plan::of(&config)?;
+        Ok(Self::new(config, options, periodic, None, None))
     }
 
     /// Makes a domain from an image, with its memory filled; [`Domain::start`] lets it run on.
@@ -227,19 +232,22 @@ impl Domain {
             let interfaces = config.machine.devices.pci.interfaces_mut();
             interfaces.for_each(Interface::renew);
         }
+        let periodic = Plan::of(&config)?;
         let locks = Locks::acquire(&config, &options.runtime)?;
         // Last before the machine, which locks them: what can be refused has been.
         disks::restore(reader, &mut config, &restore.disks, options.qcow2)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels, options.qcow2)?;
         options.attach_consoles(&mut spec)?;
-        options.attach_when_open(&mut spec, Some(reader));
+        // Another domain takes no checkpoints among those of the one that was saved.
+        let is_same = reader.manifest().guest.uuid == config.uuid;
+        let images = periodic.as_ref().filter(|_| is_same).map(Plan::directory);
+        options.attach_when_open(&mut spec, Some(reader), images);
         spec.clock.after_restore = restore.clock;
         if restore.lazy && restore.shared.is_none() {
             let reader = Arc::new(image.into_reader());
             let machine = lazy::restore(&reader, spec, restore.track)?;
-            return Ok(Self::restored(
-                config, options, machine, locks, restore, reader, chain,
-            ));
+            let domain = Self::new(config, options, periodic, Some(machine), Some(locks));
+            return Ok(domain.restored_from(reader, restore, chain));
         }
         let state = reader.sections()?;
         let unfilled = if let Some(shared) = &restore.shared {
@@ -260,33 +268,31 @@ impl Domain {
         };
         let reader = Arc::new(image.into_reader());
         let machine = Arc::new(machine);
-        Ok(Self::restored(
-            config, options, machine, locks, restore, reader, chain,
-        ))
+        let domain = Self::new(config, options, periodic, Some(machine), Some(locks));
+        Ok(domain.restored_from(reader, restore, chain))
     }
 
-    fn restored(
-        config: DomainConfig,
-        options: DomainOptions,
-        machine: Arc<Machine>,
-        locks: Locks,
-        restore: &RestoreOptions,
+    /// Makes the image that the domain's machine comes from known to it.
+    fn restored_from(
+        mut self,
         image: Arc<ImageReader>,
+        restore: &RestoreOptions,
         chain: Chain,
     ) -> Self {
-        let mut domain = Self::new(config, options, Some(machine.clone()), Some(locks));
-        domain.origin = Some(image.manifest().guest.uuid);
-        if restore.track {
-            let guest: Arc<dyn Guest> = machine;
+        self.origin = Some(image.manifest().guest.uuid);
+        let machine = self.lock().machine.clone();
+        if let Some(guest) = machine.filter(|_| restore.track) {
+            let guest: Arc<dyn Guest> = guest;
             chain.adopt(&guest, image);
-            domain.chain = chain;
+            self.chain = chain;
         }
-        domain
+        self
     }
 
     fn new(
         config: DomainConfig,
         options: DomainOptions,
+        periodic: Option<Plan>,
         machine: Option<Arc<Machine>>,
         locks: Option<Locks>,
     ) -> Self {
@@ -309,7 +315,24 @@ impl Domain {
             chain: Chain::default(),
             dirty_rate: DirtyRateMeter::default(),
             origin: None,
+            periodic,
+            reports: Reports::default(),
         }
+    }
+
+    /// Returns the checkpoints at an interval that the document asks for.
+    pub(super) fn periodic_plan(&self) -> Option<&Plan> {
+        self.periodic.as_ref()
+    }
+
+    /// Returns where is said what came of them.
+    pub(super) fn periodic_reports(&self) -> &Reports {
+        &self.reports
+    }
+
+    /// Returns whether it was restored as another domain than the one that was saved.
+    pub(super) fn has_another_identity(&self) -> bool {
+        self.origin.is_some_and(|origin| origin != self.uuid())
     }
 
     /// Returns the domain's name.
@@ -353,7 +376,8 @@ impl Domain {
                 let options = &self.options;
                 let mut spec = machine_spec(&self.config, &options.builtin_kernels, options.qcow2)?;
                 self.options.attach_consoles(&mut spec)?;
-                self.options.attach_when_open(&mut spec, None);
+                let images = self.periodic.as_ref().map(Plan::directory);
+                self.options.attach_when_open(&mut spec, None, images);
                 let machine = Arc::new(Machine::build(spec)?);
                 watch(&machine, &self.watchers);
                 machine
@@ -476,6 +500,7 @@ impl Domain {
             consoles: self.consoles(),
             disks: disks.unwrap_or_default(),
             interfaces: interfaces.unwrap_or_default(),
+            periodic: periodic::read(&self.reports),
             job,
             dirty_rate: self.dirty_rate.status(),
         }
@@ -831,16 +856,7 @@ fn refused(source: DomainError) -> HostError {
 
 /// Returns the directory of a domain's own images, and makes it.
 fn default_directory(name: &str) -> Result<PathBuf, HostError> {
-    let base = if rustix::process::geteuid().is_root() {
-        PathBuf::from("/var/lib/livepoint")
-    } else {
-        let home = std::env::home_dir().ok_or_else(|| {
-            let why = "no home directory to keep images in: say where to write";
-            HostError::Invalid(why.to_owned())
-        })?;
-        home.join(".local/state/livepoint")
-    };
-    let dir = base.join("checkpoints").join(name);
+    let dir = images_directory(name)?;
     std::fs::create_dir_all(&dir)
         .map_err(|source| HostError::path("make the directory of images", &dir, source))?;
     Ok(dir)

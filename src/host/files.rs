@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::DomainOptions;
+use super::{DomainOptions, HostError};
 use crate::machine::spec::{
     self, DiskFormat, DiskSpec, MachineSpec, PciDevice, SerialBackend, Source,
 };
@@ -21,6 +21,8 @@ pub struct DomainFiles {
     pub read: Vec<PathBuf>,
     /// Those that it writes: disks, files of serial ports.
     pub write: Vec<PathBuf>,
+    /// The directory of the images that it writes by itself, at an interval.
+    pub images: Option<PathBuf>,
 }
 
 impl DomainFiles {
@@ -93,11 +95,32 @@ impl fmt::Debug for WhenOpen {
 }
 
 impl DomainOptions {
-    /// Has a machine do what is to be done once it has opened everything.
-    pub(super) fn attach_when_open(&self, spec: &mut MachineSpec, image: Option<&ImageReader>) {
+    /// Has a machine do what is to be done once it has opened everything. `images` is the directory
+    /// that it writes images to by itself.
+    pub(super) fn attach_when_open(
+        &self,
+        spec: &mut MachineSpec,
+        image: Option<&ImageReader>,
+        images: Option<&Path>,
+    ) {
         if let Some(WhenOpen(then)) = self.when_open.clone() {
-            let files = DomainFiles::of(spec, image);
+            let mut files = DomainFiles::of(spec, image);
+            files.images = images.map(Path::to_owned);
             spec.when_open = Some(spec::WhenOpen(Arc::new(move || then(&files))));
         }
     }
+}
+
+/// Returns the directory of a domain's own images, which may not be there.
+pub(super) fn images_directory(name: &str) -> Result<PathBuf, HostError> {
+    let base = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/var/lib/livepoint")
+    } else {
+        let home = std::env::home_dir().ok_or_else(|| {
+            let why = "no home directory to keep images in: say where to write";
+            HostError::Invalid(why.to_owned())
+        })?;
+        home.join(".local/state/livepoint")
+    };
+    Ok(base.join("checkpoints").join(name))
 }

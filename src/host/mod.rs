@@ -17,6 +17,7 @@ mod foreign;
 mod image;
 mod job;
 mod lazy;
+mod periodic;
 mod request;
 mod rewind;
 mod runtime;
@@ -28,8 +29,8 @@ use crate::machine::{self, MachineError};
 
 pub use crate::checkpoint::{DirtyRateMode, Protocol};
 pub use crate::domain::{
-    DiskFormat, DomainConfig, DomainError, DomainName, LifecycleAction, MemorySize, PciDevice,
-    PciDeviceKind, PciDevices, PciSlot, VCPUS_MAX, Vcpus, XmlView,
+    DiskFormat, DomainConfig, DomainError, DomainName, LifecycleAction, METADATA_NAMESPACE,
+    MemorySize, PciDevice, PciDeviceKind, PciDevices, PciSlot, VCPUS_MAX, Vcpus, XmlView,
 };
 pub use crate::foreign::{
     ForeignError, ForeignGuest, GuestIdentity, Kick, KvmHandle, Passage, RegionSpec, SavedState,
@@ -56,6 +57,7 @@ pub use files::{DomainFiles, WhenOpen};
 pub use foreign::ForeignVm;
 pub use image::{Image, MemoryRange, collect_garbage};
 pub use job::Job;
+pub use periodic::{PeriodicCheckpoints, PeriodicStatus, Schedule, Series};
 pub use request::{
     CheckpointRequest, CheckpointSummary, EndReason, Figures, JobProgress, MachineState,
     ThreadCount,

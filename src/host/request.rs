@@ -105,6 +105,20 @@ pub struct CheckpointRequest {
     pub keep: Option<u32>,
 }
 
+/// What `<checkpoint>` may say in a document.
+const ATTRIBUTES: [&str; 10] = [
+    "protocol",
+    "codec",
+    "threads",
+    "interval_ms",
+    "max_staging_bytes",
+    "max_downtime_us",
+    "deadline_ms",
+    "max_bandwidth",
+    "pause_limit_ms",
+    "durable",
+];
+
 /// Codecs travel as the text that users write.
 mod codec_text {
     use serde::de::Error as _;
@@ -153,6 +167,28 @@ impl CheckpointRequest {
             incremental: false,
             keep: None,
         }
+    }
+
+    /// Makes a request of attributes, as `<checkpoint>` in a document has them: members of this
+    /// type, of those that say how a checkpoint is taken. `auto` where no protocol is among them.
+    pub fn from_attributes(attributes: &[(String, String)]) -> Result<Self, HostError> {
+        let invalid = |why: &dyn fmt::Display| HostError::Invalid(format!("<checkpoint>: {why}"));
+        let mut members = serde_json::Map::new();
+        members.insert("protocol".to_owned(), serde_json::json!(Protocol::Auto));
+        for (name, value) in attributes {
+            if !ATTRIBUTES.contains(&name.as_str()) {
+                let known = ATTRIBUTES.join(", ");
+                return Err(invalid(&format!("no attribute {name}; there are {known}")));
+            }
+            let number = value.parse::<u64>().map(serde_json::Value::from);
+            let value = match value.as_str() {
+                "true" | "yes" => true.into(),
+                "false" | "no" => false.into(),
+                text => number.unwrap_or_else(|_| text.into()),
+            };
+            members.insert(name.clone(), value);
+        }
+        serde_json::from_value(members.into()).map_err(|error| invalid(&error))
     }
 
     /// Returns the request as the engine takes it.

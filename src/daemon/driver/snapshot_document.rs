@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use super::Answer;
 use crate::daemon::texts;
 use crate::daemon::xml::{self, Element};
-use crate::host::{CheckpointRequest, DomainConfig, Protocol};
+use crate::host::{CheckpointRequest, DomainConfig, METADATA_NAMESPACE};
 use crate::rpc::{Code, RpcError};
 
-/// The namespace of what a document says of how to take a checkpoint.
-const NAMESPACE: &str = "urn:livepoint:1";
+/// Attributes of `<checkpoint>` that do not say how one checkpoint is taken.
+const PERIODIC: [&str; 3] = ["every", "keep", "directory"];
 
 fn unsupported(why: impl Into<String>) -> RpcError {
     RpcError::new(Code::ConfigUnsupported, why)
@@ -56,56 +56,25 @@ pub(super) fn request(document: &Element, config: &DomainConfig) -> Answer<Check
             Some(prefix) => format!("xmlns:{prefix}"),
             None => "xmlns".to_owned(),
         };
-        element.attribute(&key) == Some(NAMESPACE)
+        element.attribute(&key) == Some(METADATA_NAMESPACE)
     };
     let in_document = document.children.iter().find(is_ours).cloned();
     let in_metadata = || {
-        let xml = texts::element(config, NAMESPACE).ok()?;
+        let xml = texts::element(config, METADATA_NAMESPACE).ok()?;
         xml::read(&xml, "checkpoint").ok()
     };
-    let mut request = serde_json::json!({ "protocol": Protocol::Auto });
-    if let Some(element) = in_document.or_else(in_metadata)
-        && let Some(members) = request.as_object_mut()
-    {
-        for (key, value) in &element.attributes {
-            if key == "xmlns" || key.starts_with("xmlns:") {
-                continue;
-            }
-            let number = value.parse::<u64>().map(serde_json::Value::from);
-            let value = match value.as_str() {
-                "true" | "yes" => true.into(),
-                "false" | "no" => false.into(),
-                text => number.unwrap_or_else(|_| text.into()),
-            };
-            if !CONTRACT.contains(&key.as_str()) {
-                return Err(RpcError::new(
-                    Code::XmlError,
-                    format!(
-                        "<checkpoint> has no attribute {key}; there are {}",
-                        CONTRACT.join(", ")
-                    ),
-                ));
-            }
-            members.insert(key.clone(), value);
-        }
-    }
-    serde_json::from_value(request)
-        .map_err(|error| RpcError::new(Code::XmlError, format!("<checkpoint>: {error}")))
+    // In the domain's own, an interval and what belongs to it is for the domain's process.
+    let (element, others) = match in_document {
+        Some(element) => (element, [].as_slice()),
+        None => (in_metadata().unwrap_or_default(), PERIODIC.as_slice()),
+    };
+    let is_how =
+        |name: &str| name != "xmlns" && !name.starts_with("xmlns:") && !others.contains(&name);
+    let attributes = element.attributes.into_iter();
+    let how: Vec<_> = attributes.filter(|(name, _)| is_how(name)).collect();
+    CheckpointRequest::from_attributes(&how)
+        .map_err(|error| RpcError::new(Code::XmlError, error.full_message()))
 }
-
-/// Attributes of `<checkpoint>`: members of the control protocol's method of that name.
-const CONTRACT: [&str; 10] = [
-    "protocol",
-    "codec",
-    "threads",
-    "interval_ms",
-    "max_staging_bytes",
-    "max_downtime_us",
-    "deadline_ms",
-    "max_bandwidth",
-    "pause_limit_ms",
-    "durable",
-];
 
 /// Returns what the document wants done with each disk that it names.
 fn wishes(document: &Element) -> Vec<(&str, &str)> {

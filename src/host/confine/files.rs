@@ -60,7 +60,8 @@ impl Rules {
         }
         domain.read.iter().for_each(|path| allow(path, read));
         domain.write.iter().for_each(|path| allow(path, write));
-        image_dirs.iter().for_each(|path| allow(path, images));
+        let image_dirs = image_dirs.iter().chain(&domain.images);
+        image_dirs.for_each(|path| allow(path, images));
         Self(rules)
     }
 

@@ -12,7 +12,7 @@ mod user;
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -55,11 +55,28 @@ impl Confinement {
             return Ok(());
         }
         wait_for_one_thread()?;
+        if let Some(images) = &domain.images {
+            self.make_directory(images)?;
+        }
         // A user may not open it; the context that comes of it belongs to this process all the same.
         if let Err(error) = userfault::keep_device() {
             log::debug!("/dev/userfaultfd: {error}");
         }
         self.apply_to_thread(domain)
+    }
+
+    /// Makes a directory that the process is to write, if it is not there, and gives it to the user
+    /// that it will run as.
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        let named = |error| io::Error::other(format!("{}: {error}", path.display()));
+        fs::create_dir_all(path).map_err(named)?;
+        match &self.user {
+            Some(user) => user.take_over(path).map_err(named),
+            None => Ok(()),
+        }
     }
 
     /// Confines the calling thread, and those that it starts.
@@ -103,7 +120,6 @@ fn wait_for_one_thread() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt as _;
-    use std::path::Path;
     use std::process::Command;
 
     use super::*;
@@ -113,6 +129,7 @@ mod tests {
             name: "d".to_owned(),
             read: vec![read.to_owned()],
             write: vec![write.to_owned()],
+            images: None,
         }
     }
 
@@ -137,6 +154,7 @@ mod tests {
             fs::write(path(name), "before").unwrap();
         }
         fs::create_dir(path("images")).unwrap();
+        fs::create_dir(path("own")).unwrap();
         let confinement = Confinement {
             files: true,
             image_dirs: vec![path("images")],
@@ -144,13 +162,18 @@ mod tests {
         };
         let (kernel, disk, other) = (path("kernel"), path("disk"), path("other"));
         let (image, moved) = (path("images/new"), path("images/moved"));
+        let own_image = path("own/new");
         let outside = path("outside");
-        confined(confinement, domain(&kernel, &disk), move || {
+        let mut files = domain(&kernel, &disk);
+        files.images = Some(path("own"));
+        confined(confinement, files, move || {
             assert_eq!(fs::read_to_string(&kernel).unwrap(), "before");
             fs::write(&disk, "after").unwrap();
             fs::write(&image, "image").unwrap();
             fs::rename(&image, &moved).unwrap();
             fs::remove_file(&moved).unwrap();
+            fs::write(&own_image, "image").unwrap();
+            fs::remove_file(&own_image).unwrap();
             // A kernel without Landlock lets all of this through, which the log says.
             if !files::is_supported() {
                 println!("skipped: this kernel has no Landlock");

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::host::{
     CheckpointRequest, CheckpointSummary, DirtyRateRequest, DirtyRateStatus, DomainEvent,
-    DomainTexts, ErrorCode, JobProgress, MachineState,
+    DomainTexts, ErrorCode, JobProgress, MachineState, PeriodicStatus,
 };
 
 /// The newest protocol version that this build speaks.
@@ -148,6 +148,9 @@ pub struct Status {
     /// What passed each network interface, in the order of their slots.
     #[serde(default)]
     pub interfaces: Vec<InterfaceUse>,
+    /// What came of the checkpoints that its document asks for; none where it asks for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub periodic: Option<PeriodicStatus>,
     /// The job that runs, if any.
     pub job: Option<JobId>,
     /// How fast the domain writes its memory, where that was asked for.
