@@ -46,13 +46,25 @@ impl Bench {
     }
 
     fn define(&self, name: &str, guest: &str, mib: u64, vcpus: u32, cmdline: &str) -> Domain {
+        self.define_with(name, guest, mib, vcpus, cmdline, "")
+    }
+
+    fn define_with(
+        &self,
+        name: &str,
+        guest: &str,
+        mib: u64,
+        vcpus: u32,
+        cmdline: &str,
+        device: &str,
+    ) -> Domain {
         let console = self.console.display();
         let xml = format!(
             "<domain type='kvm'><name>{name}</name><memory unit='MiB'>{mib}</memory>\
              <vcpu>{vcpus}</vcpu><os><type arch='x86_64'>hvm</type>\
              <kernel>builtin:{guest}</kernel><cmdline>{cmdline}</cmdline></os>\
              <devices><serial type='file'><source path='{console}' append='on'/>\
-             <target port='0'/></serial><memballoon model='none'/></devices></domain>"
+             <target port='0'/></serial>{device}<memballoon model='none'/></devices></domain>"
         );
         let runtime = RuntimeDir::at(self.dir.path().join("run")).unwrap();
         let mut options = DomainOptions::new(runtime);
@@ -67,11 +79,15 @@ impl Bench {
     }
 
     fn pagewriter(&self, working_set_percent: u32) -> Domain {
+        self.pagewriter_with(working_set_percent, "")
+    }
+
+    fn pagewriter_with(&self, working_set_percent: u32, device: &str) -> Domain {
         let cmdline = format!(
             "ws_percent={working_set_percent} vcpus=2 pages=2m pattern=random write=page \
              fill=incompressible tick_ms=0"
         );
-        let domain = self.define("back", "pagewriter", 64, 2, &cmdline);
+        let domain = self.define_with("back", "pagewriter", 64, 2, &cmdline, device);
         domain.start(false).unwrap();
         wait_line(&self.console, PATIENCE, |line| {
             line.starts_with("pagewriter: ready")
@@ -291,4 +307,60 @@ fn what_cannot_be_put_back_is_refused_and_the_domain_goes_on() {
     domain.destroy().unwrap();
     let error = domain.rewind(Some(&image)).unwrap_err();
     assert_eq!(error.code(), ErrorCode::State, "{error}");
+}
+
+/// Returns a disk of 4 MiB, as the domain's document has it.
+fn disk(path: &Path, more: &str) -> String {
+    fs::File::create(path).unwrap().set_len(4 << 20).unwrap();
+    format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>\
+         <target dev='vda' bus='virtio'/>{more}</disk>",
+        path.display()
+    )
+}
+
+#[test]
+fn a_disk_that_the_guest_writes_is_refused_by_name_and_stays_as_it_is() {
+    if !have_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let file = bench.dir.path().join("disk.raw");
+    let domain = bench.pagewriter_with(10, &disk(&file, ""));
+    let image = save(&domain, Protocol::Stop, &bench.images, true);
+    for to in [None, Some(image.as_path())] {
+        let error = domain.rewind(to).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Unsupported, "{error}");
+        assert!(error.to_string().contains("disk"), "{error}");
+        assert!(error.to_string().contains("vda"), "{error}");
+        assert_eq!(domain.state(), MachineState::Running);
+    }
+    // What it wrote is tracked still, and its next increment has it.
+    let next = save(&domain, Protocol::Threaded, &bench.images, true);
+    let memory = memory_of(&next);
+    assert_single_moment(|gpa, out| read_page(&memory, gpa, out), 7);
+    domain.destroy().unwrap();
+}
+
+#[test]
+fn a_disk_that_is_only_read_must_be_what_it_was() {
+    if !have_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let file = bench.dir.path().join("disk.raw");
+    let domain = bench.pagewriter_with(10, &disk(&file, "<readonly/>"));
+    let image = save(&domain, Protocol::Cow, &bench.images, true);
+    std::thread::sleep(Duration::from_millis(20));
+    check(&bench, &domain, &image, true);
+    let changed = fs::File::options().write(true).open(&file).unwrap();
+    changed.write_all_at(b"other", 512).unwrap();
+    // Also where the clock of files is coarse.
+    let later = std::time::SystemTime::now() + Duration::from_secs(5);
+    changed.set_modified(later).unwrap();
+    let error = domain.rewind(Some(&image)).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Invalid, "{error}");
+    assert!(error.to_string().contains("disk vda"), "{error}");
+    assert_eq!(domain.state(), MachineState::Running);
+    domain.destroy().unwrap();
 }

@@ -44,15 +44,7 @@ pub(super) fn restore(
             )));
         }
     }
-    for disk in &reader.manifest().read_only_disks {
-        let mut disks = on_pci.disks().map(|(_, config)| config);
-        let config = disks.find(|config| config.target.as_str() == disk.name);
-        let format = config
-            .map(|config| image_format(config, qcow2))
-            .transpose()?;
-        let path = config.map_or(Path::new(&disk.path), |config| config.source.as_path());
-        check_read_only(disk, path, format.flatten())?;
-    }
+    check_read_only_disks(reader, config, qcow2)?;
     for (number, saved) in saved.iter().enumerate() {
         let name = &saved.name;
         let disk = config.machine.devices.pci.disk_mut(name).ok_or_else(|| {
@@ -75,6 +67,24 @@ pub(super) fn restore(
                 (disk.source, disk.source_kind) = (source, DiskSourceKind::File);
             }
         }
+    }
+    Ok(())
+}
+
+/// Checks that the disks that the guest only read, which are not in the image, are what they were.
+pub(super) fn check_read_only_disks(
+    reader: &ImageReader,
+    config: &DomainConfig,
+    qcow2: Option<&'static dyn ImageFormat>,
+) -> Result<(), HostError> {
+    for disk in &reader.manifest().read_only_disks {
+        let mut disks = config.machine.devices.pci.disks().map(|(_, disk)| disk);
+        let config = disks.find(|config| config.target.as_str() == disk.name);
+        let format = config
+            .map(|config| image_format(config, qcow2))
+            .transpose()?;
+        let path = config.map_or(Path::new(&disk.path), |config| config.source.as_path());
+        check_read_only(disk, path, format.flatten())?;
     }
     Ok(())
 }

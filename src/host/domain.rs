@@ -682,6 +682,7 @@ impl Domain {
         let uuids = [Some(self.uuid()), self.origin];
         let uuids: Vec<Uuid> = uuids.into_iter().flatten().collect();
         rewind::check(&image, &uuids)?;
+        disks::check_read_only_disks(&image, &self.config, self.options.qcow2)?;
         let threads = default_threads(RESTORE_THREADS_MAX);
         rewind::rewind(&machine, &self.chain, &image, threads)
     }
