@@ -30,6 +30,12 @@ const RESERVE_FRACTION: usize = 8;
 /// what one thread reaches on a quiet machine.
 const PAGE_COPY_NS_GUESS: u64 = 500;
 
+/// What re-arming and copying a page takes in the pause, where it follows one that is taken as well,
+/// and what is added where it does not: another line of the log, and memory that no cache has. By
+/// some 50 increments of 1 GiB (docs/measurements.md).
+const PAUSE_PAGE_NS: u64 = 350;
+const PAUSE_STRETCH_NS: u64 = 1100;
+
 /// What a page costs on its way to the image before it has been measured: 4 KiB at 1 GB/s.
 const PAGE_WRITE_NS_GUESS: u64 = 4000;
 
@@ -170,6 +176,12 @@ impl PageCost {
     pub(crate) fn of(&self, pages: u64) -> Duration {
         Duration::from_nanos(self.page_ns.saturating_mul(pages))
     }
+}
+
+/// Returns what copying `pages` pages, in so many stretches, takes in the pause.
+pub(crate) fn cost_in_pause(pages: u64, stretches: u64) -> Duration {
+    let pages = pages.saturating_mul(PAUSE_PAGE_NS);
+    Duration::from_nanos(pages.saturating_add(stretches.saturating_mul(PAUSE_STRETCH_NS)))
 }
 
 /// Decides when harvesting after the scan has done what it can.

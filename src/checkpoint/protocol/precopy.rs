@@ -17,7 +17,7 @@ use crate::checkpoint::control::Control;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::layout::Layout;
 use crate::checkpoint::phase::Phase;
-use crate::checkpoint::policy::{Closing, ClosingReason, PageCost};
+use crate::checkpoint::policy::{self, Closing, ClosingReason, PageCost};
 use crate::checkpoint::protocol::scan::start_scan;
 use crate::checkpoint::protocol::{Captured, end_log_after_resume};
 use crate::checkpoint::session::Session;
@@ -26,6 +26,9 @@ use crate::checkpoint::tracker::{DirtySet, Tracker};
 use crate::checkpoint::watchdog::PauseLease;
 use crate::checkpoint::writer::{Buffer, Buffers, WriteQueue};
 use crate::page::PAGE_BYTES;
+
+/// The most rounds that are made before the pause of a small increment of `cow`.
+const AHEAD_ROUNDS_MAX: u32 = 2;
 
 pub(super) fn capture(session: &mut Session) -> Result<Captured, Halt> {
     session.statistics.mechanism = "kvm-dirty-log";
@@ -126,6 +129,22 @@ impl Rounds {
             }
             self.round(true, || ())?;
         }
+    }
+
+    /// Copies what was written up to now while the guest runs, as long as that helps and the last
+    /// round would take longer than `budget`.
+    pub(super) fn ahead(&mut self, budget: Duration) -> Result<(), Halt> {
+        let mut before = Duration::MAX;
+        for _ in 0..AHEAD_ROUNDS_MAX {
+            let pages = self.tracker.peek(&mut self.dirty)?;
+            let cost = policy::cost_in_pause(pages, self.dirty.stretch_count());
+            if cost <= budget || cost > before / 2 {
+                break;
+            }
+            before = cost;
+            self.round(true, || ())?;
+        }
+        Ok(())
     }
 
     /// The last round, in the pause: no store can race it, so nothing is re-armed but for the next

@@ -121,6 +121,60 @@ fn an_increment_of_cow_that_is_too_large_for_the_pause_is_its_moment() {
 }
 
 #[test]
+fn scattered_pages_of_an_increment_of_cow_are_copied_before_its_pause() {
+    let mut chained = Chained::new(FakeGuest::new(&[1500, 1000], 2));
+    chained.bench.guest.fill();
+    // All pages fit in the pause, but not where each lies by itself.
+    chained.bench.options.downtime_budget = Some(Duration::from_millis(2));
+    chained.checkpoint(Protocol::Cow);
+    for page in (0..2000).step_by(2) {
+        chained.bench.guest.write_page(page, page + 3);
+    }
+    let report = chained.checkpoint(Protocol::Cow);
+    assert_eq!(report.statistics.mechanism, "kvm-dirty-log");
+    let pages: Vec<_> = report.statistics.rounds.iter().map(|it| it.pages).collect();
+    // What is written while the state is saved is for the pause.
+    let [ahead, last] = pages[..] else {
+        panic!("{pages:?}");
+    };
+    assert!(ahead >= 1000 && last < 10, "{pages:?}");
+    // One stretch is not worth a second copy.
+    for page in 100..1100 {
+        chained.bench.guest.write_page(page, page + 4);
+    }
+    let report = chained.checkpoint(Protocol::Cow);
+    assert_eq!(report.statistics.rounds.len(), 1);
+    for seed in 31..35 {
+        let running = chained.bench.guest.run(2, seed);
+        for _ in 0..3 {
+            running.assert_progress();
+            for page in (0..2000).step_by(3) {
+                chained.bench.guest.write_page(page, seed);
+            }
+            chained.checkpoint(Protocol::Cow);
+        }
+        drop(running);
+    }
+    chained.assert_all_are_their_moments();
+}
+
+#[test]
+fn an_increment_of_cow_holds_no_more_pages_than_its_staging() {
+    let mut chained = Chained::new(FakeGuest::new(&[1500, 1000], 1));
+    chained.bench.guest.fill();
+    chained.checkpoint(Protocol::Cow);
+    chained.bench.options.max_staging_bytes = Some(4 << 20);
+    for (pages, mechanism) in [(500, "kvm-dirty-log"), (600, "userfaultfd-wp")] {
+        for page in 0..pages {
+            chained.bench.guest.write_page(page, page + pages);
+        }
+        let report = chained.checkpoint(Protocol::Cow);
+        assert_eq!(report.statistics.mechanism, mechanism, "{pages} pages");
+    }
+    chained.assert_all_are_their_moments();
+}
+
+#[test]
 fn an_increment_has_what_was_written_since_and_no_more() {
     for protocol in Protocol::CAPTURING {
         let mut chained = Chained::new(FakeGuest::new(&[1500, 1000], 1));

@@ -130,6 +130,19 @@ impl DirtySet {
         pairs.map(|word| u64::from(word.count_ones())).sum()
     }
 
+    /// Returns how many stretches of pages that follow one another they are.
+    pub(crate) fn stretch_count(&self) -> u64 {
+        let starts = |region: &RegionBits| {
+            let words = region.words().scan(0, |last, word| {
+                let starts = word & !(word << 1 | *last);
+                *last = word >> 63;
+                Some(u64::from(starts.count_ones()))
+            });
+            words.sum::<u64>()
+        };
+        self.regions.iter().map(starts).sum()
+    }
+
     /// Returns the bits of the pages that the guest wrote in a window.
     pub(crate) fn logged(&self, window: &DirtyWindow) -> &[u64] {
         &self.regions[window.region].logged[window.first_word..][..window.words]
@@ -249,6 +262,9 @@ mod tests {
                 let words = if by_host { &mut bits.host } else { &mut bits.logged };
                 words[page / 64] |= 1 << (page % 64);
             }
+            let follows = |page: &usize| *page > 0 && *page != 5000 && pages.contains(&(page - 1));
+            let stretches = pages.iter().filter(|page| !follows(page)).count();
+            prop_assert_eq!(set.stretch_count(), stretches as u64);
             let mut seen = Vec::new();
             for window in set.windows() {
                 prop_assert!(window.words <= WINDOW_WORDS_MAX);

@@ -34,7 +34,6 @@ use crossbeam_channel::{Receiver, bounded};
 use crate::checkpoint::capture::UntouchedPages;
 use crate::checkpoint::error::{CheckpointError, Halt};
 use crate::checkpoint::phase::Phase;
-use crate::checkpoint::policy::PageCost;
 use crate::checkpoint::protocol::Captured;
 use crate::checkpoint::session::{Session, Work};
 use crate::checkpoint::stalls::StallCounter;
@@ -128,16 +127,12 @@ fn take_written(session: &mut Session) -> Result<Option<Vec<u64>>, Halt> {
 
 /// Captures an increment for which memory need not be protected; `None` where it must be.
 ///
-/// With the chain's log on, KVM has to protect page by page: what can be copied in the pause is.
+/// With the chain's log on, KVM has to protect page by page: what can be copied instead is.
 pub(super) fn small_increment(session: &mut Session) -> Result<Option<Captured>, Halt> {
-    if !session.tracker.is_since_parent() {
-        return Ok(None);
-    }
-    let dirty = session.tracker.peek(&mut DirtySet::new(&session.layout))?;
-    if PageCost::of_copying().of(dirty) > session.policy.downtime_budget {
-        return Ok(None);
-    }
-    increment::capture(session, dirty).map(Some)
+    let small = increment::small(session)?;
+    small
+        .map(|dirty| increment::capture(session, dirty))
+        .transpose()
 }
 
 /// Makes staging and starts the writers.
