@@ -179,6 +179,31 @@ fn a_domain_put_back_has_exactly_the_memory_of_the_image() {
 }
 
 #[test]
+fn memory_in_two_slots_is_put_back_across_the_place_where_they_touch() {
+    if !have_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    // The working set ends beyond the 256 MiB of the first slot.
+    let cmdline = "ws_percent=85 vcpus=2 pages=2m pattern=random write=page rate=64M \
+                   fill=incompressible tick_ms=0";
+    let domain = bench.define("back", "pagewriter", 320, 2, cmdline);
+    domain.start(false).unwrap();
+    wait_line(&bench.console, PATIENCE, |line| {
+        line.starts_with("pagewriter: ready")
+    });
+    let mut images = Vec::new();
+    for protocol in [Protocol::Cow, Protocol::Threaded] {
+        std::thread::sleep(Duration::from_millis(100));
+        images.push(save(&domain, protocol, &bench.images, true));
+    }
+    for at in [1, 0] {
+        check(&bench, &domain, &images[at], true);
+    }
+    domain.destroy().unwrap();
+}
+
+#[test]
 fn increments_after_a_rewind_have_all_that_the_guest_wrote() {
     if !have_kvm() {
         return;

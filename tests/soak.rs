@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -56,6 +57,14 @@ fn images(dir: &Path) -> Vec<PathBuf> {
     let mut found: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     found.sort();
     found
+}
+
+/// Returns what the files in a directory take on disk, in MiB.
+fn disk_mib(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).unwrap();
+    // One may be removed meanwhile.
+    let sizes = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.blocks() * 512));
+    sizes.sum::<u64>() >> 20
 }
 
 /// Pages that the guest has written, by its own count, and when, by its own clock, in its ticks.
@@ -136,6 +145,7 @@ fn a_checkpoint_every_second_keeps_pace_and_grows_nothing() {
         std::thread::sleep(Duration::from_millis(200));
     }
     let (memory, open) = (kib(pid, "VmRSS:"), descriptors(pid));
+    let disk = disk_mib(&chain);
     let status = loop {
         if let Some(status) = series.0.try_wait().unwrap() {
             break status;
@@ -150,9 +160,10 @@ fn a_checkpoint_every_second_keeps_pace_and_grows_nothing() {
     let last = said.trim_end().rfind("\n{").map_or(0, |at| at + 1);
     let series: Value = serde_json::from_str(&said[last..]).unwrap();
     let (memory_after, open_after) = (kib(pid, "VmRSS:"), descriptors(pid));
+    let disk_after = disk_mib(&chain);
     println!(
         "{series}; speed {:.3} of before; memory {memory} to {memory_after} KiB, descriptors {open} \
-         to {open_after}, {} images",
+         to {open_after}, disk {disk} to {disk_after} MiB in {} images",
         during / before,
         images(&chain).len()
     );
@@ -162,6 +173,10 @@ fn a_checkpoint_every_second_keeps_pace_and_grows_nothing() {
     assert!(
         open_after <= open + 4,
         "descriptors: {open} to {open_after}"
+    );
+    assert!(
+        disk_after < disk + disk / 2 + 64,
+        "disk: {disk} to {disk_after} MiB"
     );
     if long() {
         // With the machine to itself; the short form asks nothing of its speed.
