@@ -155,7 +155,9 @@ fn cancel_at_any_moment_of_every_protocol_leaves_the_guest_running_and_no_file()
         bench.start().wait().unwrap();
         let whole = began.elapsed();
         for moment in 0..MOMENTS {
-            let before = bench.files();
+            // But for what a thread that was abandoned by the cancel before may still make and remove.
+            let mut before = bench.files();
+            before.retain(|path, _| *path == bench.path());
             let job = bench.start();
             std::thread::sleep(whole * moment / MOMENTS);
             let cancelled = Instant::now();
