@@ -55,6 +55,8 @@ impl Livepoint {
                 .and_then(|client| self.adopt(client));
             if let Err(error) = adopted {
                 log::debug!("{}: {error}", socket.display());
+                // Of one that ended while no daemon was there; a confined one leaves its socket.
+                worker::remove_socket(&self.paths, &name);
             }
         }
     }
