@@ -64,14 +64,29 @@ fn attach_flags(
         AFFECT_LIVE | AFFECT_CONFIG,
         "virDomainAttachDeviceFlags",
     )?;
-    let domain = call.driver.registry.find(&wanted)?;
+    edit(call, &wanted, &device, flags, "attach", |old, kind| {
+        with_device(old, &device, kind)
+    })
+}
+
+/// Makes another definition out of a domain's by a device's document; `edit` is told of what kind the
+/// device is. `what` is done to it.
+fn edit(
+    call: &DriverCall<'_>,
+    wanted: &DomainRef,
+    document: &str,
+    flags: u32,
+    what: &str,
+    edit: impl FnOnce(&DomainConfig, &str) -> Answer<DomainConfig>,
+) -> Answer<()> {
+    let domain = call.driver.registry.find(wanted)?;
     let _job = domain.begin(JobKind::Modify)?;
     let affected = affected(&domain, flags)?;
-    let kind = device_kind(&device)?;
+    let kind = device_kind(document)?;
     if affected.live {
-        return Err(not_supported("live attach", &kind));
+        return Err(not_supported(&format!("live {what}"), &kind));
     }
-    redefine(call.driver, &domain, |old| with_device(old, &device, &kind))
+    redefine(call.driver, &domain, |old| edit(old, &kind))
 }
 
 fn detach_flags(
@@ -129,18 +144,11 @@ fn change(
     what: &str,
     change: impl FnOnce(&mut PciDevices, PciDevice, PciSlot) -> Answer<()>,
 ) -> Answer<()> {
-    let domain = call.driver.registry.find(wanted)?;
-    let _job = domain.begin(JobKind::Modify)?;
-    let affected = affected(&domain, flags)?;
-    let kind = device_kind(document)?;
-    if affected.live {
-        return Err(not_supported(&format!("live {what}"), &kind));
-    }
-    if !["disk", "interface", "rng"].contains(&kind.as_str()) {
-        return Err(not_supported(&format!("persistent {what}"), &kind));
-    }
-    let device = read_device(document)?;
-    redefine(call.driver, &domain, |old| {
+    edit(call, wanted, document, flags, what, |old, kind| {
+        if !["disk", "interface", "rng"].contains(&kind) {
+            return Err(not_supported(&format!("persistent {what}"), kind));
+        }
+        let device = read_device(document)?;
         let mut new = old.clone();
         let devices = &mut new.machine.devices.pci;
         let slot = find(devices, &device)?;
