@@ -20,7 +20,7 @@ use crate::host::control::protocol::{DiskUse, InterfaceUse, JobId, Status};
 use crate::host::convert::machine_spec;
 use crate::host::dirty_rate::DirtyRateMeter;
 use crate::host::disks::{self, DiskRestore};
-use crate::host::files::{WhenOpen, images_directory};
+use crate::host::files::{WhenOpen, images_directory, make_images_directory};
 use crate::host::image::default_threads;
 use crate::host::periodic::{self, Plan, Reports};
 use crate::host::watch::Watchers;
@@ -232,15 +232,20 @@ impl Domain {
             let interfaces = config.machine.devices.pci.interfaces_mut();
             interfaces.for_each(Interface::renew);
         }
-        let periodic = Plan::of(&config)?;
+        let mut periodic = Plan::of(&config)?;
+        if periodic.is_some() && config.uuid != reader.manifest().guest.uuid {
+            log::warn!(
+                "domain {}: no periodic checkpoints, since they are another domain's",
+                config.name.as_str()
+            );
+            periodic = None;
+        }
         let locks = Locks::acquire(&config, &options.runtime)?;
         // Last before the machine, which locks them: what can be refused has been.
         disks::restore(reader, &mut config, &restore.disks, options.qcow2)?;
         let mut spec = machine_spec(&config, &options.builtin_kernels, options.qcow2)?;
         options.attach_consoles(&mut spec)?;
-        // Another domain takes no checkpoints among those of the one that was saved.
-        let is_same = reader.manifest().guest.uuid == config.uuid;
-        let images = periodic.as_ref().filter(|_| is_same).map(Plan::directory);
+        let images = periodic.as_ref().map(Plan::directory);
         options.attach_when_open(&mut spec, Some(reader), images);
         spec.clock.after_restore = restore.clock;
         if restore.lazy && restore.shared.is_none() {
@@ -328,11 +333,6 @@ impl Domain {
     /// Returns where is said what came of them.
     pub(super) fn periodic_reports(&self) -> &Reports {
         &self.reports
-    }
-
-    /// Returns whether it was restored as another domain than the one that was saved.
-    pub(super) fn has_another_identity(&self) -> bool {
-        self.origin.is_some_and(|origin| origin != self.uuid())
     }
 
     /// Returns the domain's name.
@@ -858,7 +858,6 @@ fn refused(source: DomainError) -> HostError {
 /// Returns the directory of a domain's own images, and makes it.
 fn default_directory(name: &str) -> Result<PathBuf, HostError> {
     let dir = images_directory(name)?;
-    std::fs::create_dir_all(&dir)
-        .map_err(|source| HostError::path("make the directory of images", &dir, source))?;
+    make_images_directory(&dir)?;
     Ok(dir)
 }

@@ -111,6 +111,12 @@ impl DomainOptions {
     }
 }
 
+/// Makes a directory for images, where there is none.
+pub(super) fn make_images_directory(directory: &Path) -> Result<(), HostError> {
+    std::fs::create_dir_all(directory)
+        .map_err(|source| HostError::path("make the directory of images", directory, source))
+}
+
 /// Returns the directory of a domain's own images, which may not be there.
 pub(super) fn images_directory(name: &str) -> Result<PathBuf, HostError> {
     let base = if rustix::process::geteuid().is_root() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use serde::{Deserialize, Serialize};
 
-use crate::host::files::images_directory;
+use crate::host::files::{images_directory, make_images_directory};
 use crate::host::{
     CheckpointRequest, CheckpointSummary, Domain, ErrorCode, HostError, Job, MachineState,
 };
@@ -144,16 +144,7 @@ impl PeriodicCheckpoints {
         let Some(plan) = domain.periodic_plan().cloned() else {
             return Ok(None);
         };
-        if domain.has_another_identity() {
-            log::warn!(
-                "domain {}: no periodic checkpoints, since they are another domain's",
-                domain.name()
-            );
-            return Ok(None);
-        }
-        let directory = plan.directory();
-        std::fs::create_dir_all(directory)
-            .map_err(|source| HostError::path("make the directory of images", directory, source))?;
+        make_images_directory(plan.directory())?;
         let reports = domain.periodic_reports().clone();
         *lock(&reports) = Some(PeriodicStatus {
             every_ms: u64::try_from(plan.every.as_millis()).unwrap_or(u64::MAX),
