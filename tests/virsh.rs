@@ -568,21 +568,12 @@ fn an_interface_is_listed_with_its_tap_and_tells_what_passed_it() {
         return;
     }
     let daemon = Daemon::new();
-    let devices = "<interface type='ethernet'><mac address='52:54:00:ab:cd:ef'/></interface>\
-                   <console type='pty'/>";
-    let file = daemon.domain("n", "echo", 64, devices);
-    daemon.ok(&["define", file.to_str().unwrap()]);
-    let started = daemon.virsh(&["start", "n"]);
-    let errors = String::from_utf8(started.stderr).unwrap();
-    if !started.status.success() && errors.contains("tap") {
-        common::skip("an interface under virsh", &errors);
+    let mac = "52:54:00:ab:cd:ef";
+    let tap = daemon.start_with_interface("n", mac, "an interface under virsh");
+    let Some(tap) = tap.as_deref() else {
         return;
-    }
-    assert!(started.status.success(), "{errors}");
-    let list = daemon.ok(&["domiflist", "n"]);
-    let line = list.lines().find(|line| line.contains("52:54:00:ab:cd:ef"));
-    let tap = line.unwrap().split_whitespace().next().unwrap();
-    assert!(tap.starts_with("vnet"), "{list}");
+    };
+    assert!(tap.starts_with("vnet"), "{tap}");
     for device in [tap, "52:54:00:AB:CD:EF"] {
         let stats = daemon.ok(&["domifstat", "n", device]);
         assert!(stats.contains("tx_packets 0"), "{stats}");

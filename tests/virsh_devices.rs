@@ -154,20 +154,10 @@ fn the_addresses_that_the_host_has_heard_of_are_told() {
         return;
     }
     let daemon = Daemon::new();
-    let devices = "<interface type='ethernet'><mac address='52:54:00:00:00:09'/></interface>\
-                   <console type='pty'/>";
-    let file = daemon.domain("d", "echo", 64, devices);
-    daemon.ok(&["define", file.to_str().unwrap()]);
-    let started = daemon.virsh(&["start", "d"]);
-    let errors = String::from_utf8(started.stderr).unwrap();
-    if !started.status.success() && errors.contains("tap") {
-        common::skip("addresses of a guest", &errors);
+    let mac = "52:54:00:00:00:09";
+    let Some(tap) = daemon.start_with_interface("d", mac, "addresses of a guest") else {
         return;
-    }
-    assert!(started.status.success(), "{errors}");
-    let list = daemon.ok(&["domiflist", "d"]);
-    let line = list.lines().find(|line| line.contains("52:54:00:00:00:09"));
-    let tap = line.unwrap().split_whitespace().next().unwrap().to_owned();
+    };
     let none = daemon.ok(&["domifaddr", "d", "--source", "arp"]);
     assert!(!none.contains("52:54"), "{none}");
     // As if the guest had said something.

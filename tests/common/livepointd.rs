@@ -173,6 +173,26 @@ impl Daemon {
         file
     }
 
+    /// Defines and starts a domain with an interface on a tap of its own, and returns the tap; `None`,
+    /// counted as skipping `what`, where the host has no taps.
+    pub fn start_with_interface(&self, name: &str, mac: &str, what: &str) -> Option<String> {
+        let devices = format!(
+            "<interface type='ethernet'><mac address='{mac}'/></interface><console type='pty'/>"
+        );
+        let file = self.domain(name, "echo", 64, &devices);
+        self.ok(&["define", file.to_str().unwrap()]);
+        let started = self.virsh(&["start", name]);
+        let errors = String::from_utf8(started.stderr).unwrap();
+        if !started.status.success() && errors.contains("tap") {
+            super::skip(what, &errors);
+            return None;
+        }
+        assert!(started.status.success(), "{errors}");
+        let list = self.ok(&["domiflist", name]);
+        let line = list.lines().find(|line| line.contains(mac));
+        Some(line.unwrap().split_whitespace().next().unwrap().to_owned())
+    }
+
     /// Defines a domain with the `echo` guest.
     pub fn define_echo(&self, name: &str) {
         let file = self.domain(name, "echo", 64, "<console type='pty'/>");
