@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 
 use crate::host::confine::Forbidden;
 use crate::host::{ClockPolicy, Protocol, RuntimeDir};
@@ -471,6 +472,9 @@ pub(super) struct BenchArgs {
     /// Places for images, as in disk,shm [default: all] (lost-work, npb).
     #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',')]
     pub targets: Vec<TargetName>,
+    /// Pages that the guest maps its memory in (lost-work).
+    #[arg(long, value_enum, value_name = "SIZE", default_value = "2m")]
+    pub guest_pages: GuestPages,
     /// NPB kernels to compute, as in cg,mg [default: all that the guest has] (npb).
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub kernels: Vec<String>,
@@ -527,6 +531,29 @@ pub(super) enum TargetName {
     /// The directory of `--images`, written with 500 MB/s at most.
     #[value(name = "disk-500")]
     HeldDisk,
+}
+
+/// Pages of a guest's page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+pub(super) enum GuestPages {
+    /// Of 4 KiB.
+    #[value(name = "4k")]
+    #[serde(rename = "4k")]
+    Small,
+    /// Of 2 MiB.
+    #[value(name = "2m")]
+    #[serde(rename = "2m")]
+    Huge,
+}
+
+impl GuestPages {
+    /// Returns the guest's own name for them.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Small => "4k",
+            Self::Huge => "2m",
+        }
+    }
 }
 
 /// Parses a length of time such as 5ms or 1.5s.

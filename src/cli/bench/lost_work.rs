@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde::Serialize;
 
-use super::super::args::TargetName;
+use super::super::args::{GuestPages, TargetName};
 use super::super::output::{bytes, table, to_f64};
 use super::contender::{Contender, Staging, is_live};
 use super::loss::{Loss, Place, Point, lost_work};
@@ -42,6 +42,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub(super) struct LostWork {
     memory_bytes: u64,
     working_set_percent: u32,
+    guest_pages: GuestPages,
     targets: Vec<TargetFigures>,
     ratios: Vec<Ratio>,
 }
@@ -135,6 +136,7 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<LostWork> {
     Ok(LostWork {
         memory_bytes: args.memory,
         working_set_percent: WORKING_SET_PERCENT,
+        guest_pages: args.guest_pages,
         ratios: figures
             .iter()
             .flat_map(|target| ratios(setup, target))
@@ -162,7 +164,7 @@ fn contenders(setup: &Setup) -> Vec<Contender> {
 
 fn turn(setup: &Setup, contender: Contender, target: &Target) -> anyhow::Result<Turn> {
     let memory_bytes = setup.args.memory;
-    let cmdline = half_full(WORKING_SET_PERCENT, "2m", TICK_MS);
+    let cmdline = half_full(WORKING_SET_PERCENT, setup.args.guest_pages.name(), TICK_MS);
     let guest = GuestSpec::pagewriter(memory_bytes, Backing::Thp, cmdline);
     let mut vm = setup.start_pagewriter(contender, &guest, SETTLE)?;
     let quiet_from = vm.ticks()?.ticks.len();
@@ -342,10 +344,11 @@ impl LostWork {
         ];
         let mut text = format!(
             "### Work lost to a checkpoint\n\n{} of memory, {} % of it rewritten at full speed, \
-             the rest untouched; 1 vCPU; staging of 60 % of memory, or the default; no \
-             compression; a machine for each run and row, saved twice.\n",
+             the rest untouched, mapped by the guest in pages of {}; 1 vCPU; staging of 60 % of \
+             memory, or the default; no compression; a machine for each run and row, saved twice.\n",
             bytes(self.memory_bytes),
-            self.working_set_percent
+            self.working_set_percent,
+            self.guest_pages.name()
         );
         for target in &self.targets {
             let mut rows = Vec::new();
