@@ -73,6 +73,7 @@ const PROGRAMS: &[Program] = &[
         sources: &[
             "virtio/main.c",
             "virtio/blk.c",
+            "virtio/console.c",
             "virtio/pci.c",
             "virtio/queue.c",
         ],

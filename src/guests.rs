@@ -33,7 +33,7 @@ pub const ALL: &[BuiltinGuest] = &[
     },
     BuiltinGuest {
         name: "virtio",
-        about: "writes checksummed records to a virtio disk, and checks that they are there",
+        about: "checks what it wrote to a virtio disk, or answers at virtio consoles",
         elf: include_bytes!(concat!(env!("OUT_DIR"), "/virtio.elf")),
     },
 ];

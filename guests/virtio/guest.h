@@ -7,6 +7,7 @@
 
 /* Interrupts of the devices: none that a board has. */
 #define BLK_IRQ 5
+#define CONSOLE_IRQ 6
 
 #define RECORD_MAGIC 0x64726f636572766cull /* "lvrecord" */
 #define RECORD_WORDS 509
@@ -35,5 +36,8 @@ struct disk_header {
 bool blk_open(void);
 void blk_records(void);
 void blk_throughput(void);
+
+/* Goes on forever; returns false where there is no console. */
+bool console_echo(void);
 
 #endif

@@ -8,9 +8,10 @@ void guest_main(void)
 
 	irq_init();
 	print("virtio: start tsc=%lu tsc_khz=%lu ram=%lu\n", rdtsc(), tsc_khz(), ram_bytes());
-	if (!blk_open())
-		fail("virtio: there is no disk");
-	if (text_equal(mode, "throughput"))
+	if (!blk_open()) {
+		if (!console_echo())
+			fail("virtio: there is neither a disk nor a console");
+	} else if (text_equal(mode, "throughput"))
 		blk_throughput();
 	else if (text_equal(mode, "records"))
 		blk_records();

@@ -60,7 +60,7 @@ impl Started {
             text += &format!(" (restored in {})", micros(us));
         }
         for console in &self.consoles {
-            text += &format!("\nSerial console at {}", console.display());
+            text += &format!("\nConsole at {}", console.display());
         }
         text
     }

@@ -102,6 +102,17 @@ impl SerialBackend {
             (Pty | Null | Stdio | File { .. } | Unix { .. }, _) => false,
         }
     }
+
+    /// Refuses a second user of the same file, socket or terminal.
+    pub(super) fn check_beside(&self, other: &SerialBackend) -> Result<(), ValueError> {
+        if self.collides_with(other) {
+            return Err(ValueError::new(
+                other.type_name(),
+                "free: another serial port or console uses the same one",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// A serial port: a 16550 UART.
@@ -136,12 +147,7 @@ impl SerialPorts {
     /// same backend or name.
     pub fn insert(&mut self, index: usize, port: SerialPort) -> Result<(), ValueError> {
         for (_, other) in self.iter() {
-            if other.backend.collides_with(&port.backend) {
-                return Err(ValueError::new(
-                    port.backend.type_name(),
-                    "free: another serial port uses the same one",
-                ));
-            }
+            other.backend.check_beside(&port.backend)?;
             if let Some(alias) = &port.alias
                 && other.alias.as_ref() == Some(alias)
             {

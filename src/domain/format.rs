@@ -19,6 +19,8 @@ pub struct LiveInfo {
     pub id: u32,
     /// Pseudo-terminal of each serial port that has one, by port.
     pub ptys: Vec<Option<HostPath>>,
+    /// Pseudo-terminal of each virtio console that has one, in the order of their slots.
+    pub console_ptys: Vec<Option<HostPath>>,
     /// Tap of each network interface that has one, in the order of their slots.
     pub taps: Vec<Option<HostInterface>>,
     /// Memory that the guest has given back by its balloon, in KiB.
@@ -291,15 +293,16 @@ fn clock(machine: &MachineConfig) -> Element {
 
 fn devices(machine: &MachineConfig, view: XmlView<'_>) -> Element {
     let mut devices = Element::new("devices");
-    format_pci::devices(&mut devices, &machine.devices.pci, view.live());
+    let on_pci = &machine.devices.pci;
+    format_pci::devices(&mut devices, on_pci, view.live());
     let pty = |index: usize| view.live()?.ptys.get(index)?.as_ref();
     for (index, port) in machine.devices.serial.iter() {
-        let serial = character_device("serial", port, pty(index));
+        let serial = character_device("serial", &port.backend, pty(index));
         devices.push(serial_target(serial, index, port, view));
     }
     // libvirt shows serial port 0 a second time, as the console.
     if let Some(port) = machine.devices.serial.get(0) {
-        let mut console = character_device("console", port, pty(0));
+        let mut console = character_device("console", &port.backend, pty(0));
         if let (SerialBackend::Pty, Some(pty)) = (&port.backend, pty(0)) {
             console = console.with("tty", pty);
         }
@@ -312,17 +315,23 @@ fn devices(machine: &MachineConfig, view: XmlView<'_>) -> Element {
         }
         devices.push(console);
     }
+    let first = usize::from(machine.devices.serial.get(0).is_some());
+    format_pci::consoles(&mut devices, on_pci, view.live(), first);
     if machine.devices.pci.balloon().is_none() {
         devices.push(Element::new("memballoon").with("model", "none"));
     }
     devices
 }
 
-/// Returns the element with its source, which both forms of a port have.
-fn character_device(name: &str, port: &SerialPort, pty: Option<&HostPath>) -> Element {
-    let mut device = Element::new(name).with("type", port.backend.type_name());
+/// Returns the element with its source, which all forms of ports and consoles have.
+pub(super) fn character_device(
+    name: &str,
+    backend: &SerialBackend,
+    pty: Option<&HostPath>,
+) -> Element {
+    let mut device = Element::new(name).with("type", backend.type_name());
     let source = Element::new("source");
-    match &port.backend {
+    match backend {
         SerialBackend::Pty => {
             if let Some(path) = pty {
                 device.push(source.with("path", path));

@@ -1,20 +1,23 @@
 //! Writes the devices that are on PCI.
 
 use super::balloon::Balloon;
+use super::device::SerialBackend;
 use super::disk::{Disk, DiskSourceKind};
 use super::document::Element;
-use super::format::LiveInfo;
+use super::format::{LiveInfo, character_device};
 use super::interface::{HostInterface, Interface, InterfaceSource};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
 use super::rng::Rng;
+use super::values::HostPath;
 
-/// Adds the devices to `into`; `live` adds the names that a running machine gives them.
+/// Adds the devices to `into`, but for consoles; `live` adds the names that a running machine gives
+/// them.
 pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&LiveInfo>) {
     let mut disks = 0;
     let mut interfaces = 0;
     let mut rngs = 0;
     for (slot, device) in on_pci.iter() {
-        let (mut element, name) = match &device.kind {
+        let (element, name) = match &device.kind {
             PciDeviceKind::Disk(described) => {
                 disks += 1;
                 (disk(described), format!("virtio-disk{}", disks - 1))
@@ -30,13 +33,44 @@ pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&Liv
                 rngs += 1;
                 (rng(*described), format!("rng{}", rngs - 1))
             }
+            PciDeviceKind::Console(_) => continue,
         };
-        if let Some(name) = alias(device, name, live.is_some()) {
-            element.push(Element::new("alias").with("name", &name));
-        }
-        element.push(address(slot));
-        into.push(element);
+        into.push(place(element, slot, device, name, live));
     }
+}
+
+/// Adds the consoles, the first of which is console `first` of the machine.
+pub(super) fn consoles(
+    into: &mut Element,
+    on_pci: &PciDevices,
+    live: Option<&LiveInfo>,
+    first: usize,
+) {
+    let mut number = 0;
+    for (slot, device) in on_pci.iter() {
+        if let PciDeviceKind::Console(backend) = &device.kind {
+            let pty = live.and_then(|live| live.console_ptys.get(number)?.as_ref());
+            let port = first + number;
+            let element = console(backend, pty, port);
+            into.push(place(element, slot, device, format!("console{port}"), live));
+            number += 1;
+        }
+    }
+}
+
+/// Adds a device's name, and where it is.
+fn place(
+    mut element: Element,
+    slot: PciSlot,
+    device: &PciDevice,
+    name: String,
+    live: Option<&LiveInfo>,
+) -> Element {
+    if let Some(name) = alias(device, name, live.is_some()) {
+        element.push(Element::new("alias").with("name", &name));
+    }
+    element.push(address(slot));
+    element
 }
 
 fn alias(device: &PciDevice, name: String, live: bool) -> Option<String> {
@@ -125,6 +159,16 @@ fn rng(rng: Rng) -> Element {
     let mut backend = Element::new("backend").with("model", "random");
     backend.text = rng.source.path().to_owned();
     element.push(backend);
+    element
+}
+
+fn console(backend: &SerialBackend, pty: Option<&HostPath>, port: usize) -> Element {
+    let mut element = character_device("console", backend, pty);
+    if let (SerialBackend::Pty, Some(pty)) = (backend, pty) {
+        element = element.with("tty", pty);
+    }
+    let target = Element::new("target").with("type", "virtio");
+    element.push(target.with("port", port));
     element
 }
 

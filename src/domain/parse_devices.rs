@@ -53,7 +53,9 @@ fn target_port(device: &Element) -> Option<(&Element, &str)> {
 
 /// Reads consoles: the first is serial port 0, as in libvirt.
 fn consoles(devices: &Element, ports: &mut SerialPorts) -> Result<(), DomainError> {
-    let mut consoles = devices.children_named("console");
+    let mut consoles = devices
+        .children_named("console")
+        .filter(|console| !is_virtio_console(console));
     let Some(console) = consoles.next() else {
         return Ok(());
     };
@@ -81,9 +83,15 @@ fn consoles(devices: &Element, ports: &mut SerialPorts) -> Result<(), DomainErro
         None => Ok(()),
         Some(second) => Err(DomainError::Unsupported {
             place: second.place(),
-            reason: "a second console is not supported yet; add a <serial>",
+            reason: "the machine has one serial console; a second console is of target type virtio",
         }),
     }
+}
+
+/// Whether a console is a virtio device, and not a serial port under another name.
+pub(super) fn is_virtio_console(console: &Element) -> bool {
+    let target = console.child("target");
+    target.is_some_and(|target| target.attribute("type") == Some("virtio"))
 }
 
 /// Whether a console says the same as the port it mirrors; it may leave out how
@@ -109,7 +117,8 @@ pub(super) fn user_alias(device: &Element) -> Result<Option<UserAlias>, DomainEr
     user_alias.map_err(|error| alias.refuse("name", error))
 }
 
-fn backend(device: &Element) -> Result<SerialBackend, DomainError> {
+/// Reads where a serial port's or a console's bytes come from and go to.
+pub(super) fn backend(device: &Element) -> Result<SerialBackend, DomainError> {
     let kind = device.attribute("type").unwrap_or_default();
     let source = device.child("source");
     if let Some(source) = source {

@@ -1,14 +1,14 @@
 //! Interprets the devices that are on PCI.
 
 use super::balloon::Balloon;
-use super::device::SerialPorts;
+use super::device::{SerialBackend, SerialPorts};
 use super::disk::{Disk, DiskCache, DiskFormat, DiskSerial, DiskSourceKind, DiskTarget};
 use super::document::Element;
 use super::error::{DomainError, ValueError};
 use super::interface::{HostInterface, Interface, InterfaceSource, MacAddress};
 use super::parse::TEXT;
 use super::parse::number;
-use super::parse_devices::{unsigned, user_alias};
+use super::parse_devices::{backend, is_virtio_console, unsigned, user_alias};
 use super::pci::{PciDevice, PciDeviceKind, PciDevices, PciSlot};
 use super::rng::{RNG_PERIOD_MS, Rng, RngRate, RngSource};
 use super::values::HostPath;
@@ -25,6 +25,9 @@ pub(super) fn pci_devices(
             "disk" => PciDeviceKind::Disk(disk(element)?),
             "interface" => PciDeviceKind::Interface(interface(element)?),
             "rng" => PciDeviceKind::Rng(rng(element)?),
+            "console" if is_virtio_console(element) => {
+                PciDeviceKind::Console(console(element, serial)?)
+            }
             "memballoon" if element.attribute("model") != Some("none") => {
                 PciDeviceKind::Balloon(balloon(element))
             }
@@ -66,7 +69,8 @@ fn insert(
 
 /// Reads a device's address.
 fn slot(device: &Element) -> Result<Option<PciSlot>, DomainError> {
-    let Some(address) = device.child("address") else {
+    let address = device.child("address");
+    let Some(address) = address.filter(|it| it.attribute("type") == Some("pci")) else {
         return Ok(None);
     };
     for what in ["domain", "bus", "function"] {
@@ -222,6 +226,16 @@ fn rng(element: &Element) -> Result<Rng, DomainError> {
     let rate = RngRate::new(bytes, period).map_err(|error| rate.refuse("rate", error))?;
     let rate = Some(rate);
     Ok(Rng { source, rate })
+}
+
+/// Reads a virtio console, which may not share what a serial port has.
+fn console(element: &Element, serial: &SerialPorts) -> Result<SerialBackend, DomainError> {
+    let console = backend(element)?;
+    for (_, port) in serial.iter() {
+        let beside = port.backend.check_beside(&console);
+        beside.map_err(|error| element.refuse("console", error))?;
+    }
+    Ok(console)
 }
 
 /// Reads a balloon, but for how large it is.

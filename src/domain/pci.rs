@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::balloon::Balloon;
-use super::device::UserAlias;
+use super::device::{SerialBackend, UserAlias};
 use super::disk::Disk;
 use super::error::ValueError;
 use super::interface::Interface;
@@ -50,6 +50,8 @@ pub enum PciDeviceKind {
     Rng(Rng),
     /// A balloon; a machine has at most one.
     Balloon(Balloon),
+    /// A console, whose bytes come from and go to what a serial port's may.
+    Console(SerialBackend),
 }
 
 /// A device on PCI.
@@ -199,6 +201,7 @@ fn check_together(one: &PciDevice, other: &PciDevice) -> Result<(), ValueError> 
         (PciDeviceKind::Balloon(_), PciDeviceKind::Balloon(_)) => {
             Err(ValueError::new("memballoon", "the only balloon"))
         }
+        (PciDeviceKind::Console(one), PciDeviceKind::Console(other)) => one.check_beside(other),
         _ => Ok(()),
     }
 }

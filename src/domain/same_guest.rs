@@ -113,6 +113,7 @@ impl DomainConfig {
                 PciDeviceKind::Disk(disk) => disk_facts(disk),
                 PciDeviceKind::Interface(interface) => interface_facts(interface),
                 PciDeviceKind::Rng(_) => "rng".to_owned(),
+                PciDeviceKind::Console(_) => "console".to_owned(),
                 PciDeviceKind::Balloon(balloon) => {
                     let reports = balloon.free_page_reporting.unwrap_or(false);
                     let deflates = balloon.auto_deflate.unwrap_or(false);

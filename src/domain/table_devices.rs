@@ -11,8 +11,9 @@ const NO_BUS: &str = "a controller of this type would be a device of the machine
 const ONLY_UART: &str = "serial ports are 16550 UARTs on the ISA bus";
 const NO_CHARACTER_TYPE: &str = "this kind of character device is not supported yet";
 const NO_LOG: &str = "a second output is not supported yet; use type='file'";
-const MIRROR: &str = "the first console is serial port 0 under another name; \
-    it makes that port where there is none";
+const MIRROR: &str = "one of target type serial is serial port 0 under another name, and makes \
+    that port where there is none; those of target type virtio are devices of their own";
+const PLACE: &str = "of a virtio console, which is on PCI; a serial port's own is used";
 
 pub(super) const DEVICES: &[Rule] = &[
     Rule::honoured("domain/devices", ""),
@@ -34,6 +35,13 @@ pub(super) const DEVICES: &[Rule] = &[
     Rule::accepted("domain/devices/controller[usb]@model", NO_BUS).only(&["none"]),
     Rule::accepted("domain/devices/controller[usb]/alias", ""),
     Rule::accepted("domain/devices/controller[usb]/alias@name", ""),
+    Rule::accepted(
+        "domain/devices/controller[virtio-serial]",
+        "each virtio console is a device of its own",
+    )
+    .many()
+    .dropped()
+    .subtree(),
     Rule::refused("domain/devices/controller[ccid]", NO_BUS),
     Rule::refused("domain/devices/controller[fdc]", NO_BUS),
     Rule::refused("domain/devices/controller[ide]", NO_BUS),
@@ -41,7 +49,6 @@ pub(super) const DEVICES: &[Rule] = &[
     Rule::refused("domain/devices/controller[nvme]", NO_BUS),
     Rule::refused("domain/devices/controller[sata]", NO_BUS),
     Rule::refused("domain/devices/controller[scsi]", NO_BUS),
-    Rule::refused("domain/devices/controller[virtio-serial]", NO_BUS),
     Rule::refused("domain/devices/controller[xenbus]", NO_BUS),
 ];
 
@@ -121,21 +128,37 @@ pub(super) const REST: &[Rule] = &[
     Rule::honoured("domain/devices/console/target", ""),
     Rule::honoured(
         "domain/devices/console/target@type",
-        "virtio and other consoles are not supported yet",
+        "other consoles are not supported yet",
     )
-    .only(&["serial"]),
-    Rule::honoured("domain/devices/console/target@port", "0"),
-    Rule::accepted("domain/devices/console/alias", "the serial port's is used").dropped(),
-    Rule::accepted("domain/devices/console/alias@name", "").dropped(),
-    Rule::accepted(
-        "domain/devices/console/address",
-        "the serial port's is used",
+    .only(&["serial", "virtio"]),
+    Rule::honoured(
+        "domain/devices/console/target@port",
+        "0 for the serial console; of a virtio console not kept",
+    ),
+    Rule::honoured(
+        "domain/devices/console/alias",
+        "of a virtio console; else the port's is used",
     )
-    .needs(&["type"])
-    .dropped(),
-    Rule::accepted("domain/devices/console/address@type", ONLY_UART)
-        .only(&["isa"])
+    .needs(&["name"]),
+    Rule::honoured(
+        "domain/devices/console/alias@name",
+        "kept where it starts with `ua-`; other names are given anew at every start",
+    ),
+    Rule::honoured("domain/devices/console/address", PLACE).needs(&["type"]),
+    Rule::honoured(
+        "domain/devices/console/address@type",
+        "virtio-serial says nothing: each virtio console is a device of its own",
+    )
+    .only(&["isa", "pci", "virtio-serial"]),
+    Rule::honoured("domain/devices/console/address@domain", PLACE),
+    Rule::honoured("domain/devices/console/address@bus", PLACE),
+    Rule::honoured("domain/devices/console/address@slot", PLACE),
+    Rule::honoured("domain/devices/console/address@function", PLACE),
+    Rule::accepted("domain/devices/console/address@multifunction", PLACE)
+        .only(&["off"])
         .dropped(),
+    Rule::accepted("domain/devices/console/address@controller", "").dropped(),
+    Rule::accepted("domain/devices/console/address@port", "").dropped(),
     Rule::accepted("domain/devices/console/address@iobase", "").dropped(),
     Rule::accepted("domain/devices/console/address@irq", "").dropped(),
     // What libvirt writes into every x86 document.

@@ -341,6 +341,7 @@ fn pci_devices(
                     memory.size().bytes().saturating_sub(current.bytes())
                 }),
             }),
+            domain::PciDeviceKind::Console(console) => PciDevice::Console(backend(console)),
             domain::PciDeviceKind::Rng(rng) => PciDevice::Rng(RngSpec {
                 source: rng.source.path().into(),
                 rate: rng.rate.map(|rate| RngRate {

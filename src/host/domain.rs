@@ -463,17 +463,15 @@ impl Domain {
         Ok(Some(end))
     }
 
-    /// Returns where each serial console can be reached, for those that have a path.
+    /// Returns where each console can be reached, for those that have a path: serial ports, then
+    /// virtio consoles.
     pub fn consoles(&self) -> Vec<PathBuf> {
         self.lock()
             .machine
             .as_ref()
             .map_or_else(Vec::new, |machine| {
-                machine
-                    .consoles()
-                    .into_iter()
-                    .filter_map(|console| console.path)
-                    .collect()
+                let serial = machine.consoles().into_iter().map(|console| console.path);
+                serial.chain(machine.virtio_consoles()).flatten().collect()
             })
     }
 
@@ -595,6 +593,11 @@ impl Domain {
             .into_iter()
             .map(|console| HostPath::new(console.path?.to_str()?).ok())
             .collect();
+        let console_ptys = machine
+            .virtio_consoles()
+            .into_iter()
+            .map(|path| HostPath::new(path?.to_str()?).ok())
+            .collect();
         let nets = machine.nets().iter();
         let taps = nets
             .map(|net| HostInterface::new(net.interface()?).ok())
@@ -602,6 +605,7 @@ impl Domain {
         config.to_xml(XmlView::Live(&LiveInfo {
             id: self.id(),
             ptys,
+            console_ptys,
             taps,
             given_kib: machine.given_bytes().unwrap_or(0) / 1024,
         }))

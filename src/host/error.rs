@@ -324,7 +324,9 @@ fn machine_code(error: &MachineError) -> ErrorCode {
         MachineError::OtherMachine { .. } | MachineError::State(_) => ErrorCode::Corrupt,
         MachineError::Disk { source, .. } => disk_code(source),
         MachineError::Net { source, .. } => net_code(source),
-        MachineError::Serial { .. } | MachineError::Device(_) => ErrorCode::Io,
+        MachineError::Serial { .. } | MachineError::Console { .. } | MachineError::Device(_) => {
+            ErrorCode::Io
+        }
         MachineError::KvmState(_) => ErrorCode::Incompatible,
         MachineError::WrongState(_) => ErrorCode::State,
         MachineError::Gate(_) | MachineError::Drain(_) => ErrorCode::Timeout,

@@ -19,7 +19,7 @@ pub struct DomainFiles {
     pub name: String,
     /// Those that it only reads: kernel, initrd, disks that are not written, the image.
     pub read: Vec<PathBuf>,
-    /// Those that it writes: disks, files of serial ports.
+    /// Those that it writes: disks, files of serial ports and consoles.
     pub write: Vec<PathBuf>,
     /// The directory of the images that it writes by itself, at an interval.
     pub images: Option<PathBuf>,
@@ -41,14 +41,13 @@ impl DomainFiles {
             }
         }
         for serial in &spec.serials {
-            if let SerialBackend::File { path, .. } = &serial.backend {
-                files.write.push(path.clone());
-            }
+            files.add_terminal(&serial.backend);
         }
         for device in &spec.pci {
             match &device.device {
                 PciDevice::Disk(disk) => files.add_disk(disk),
                 PciDevice::Rng(rng) => files.read.push(rng.source.clone()),
+                PciDevice::Console(backend) => files.add_terminal(backend),
                 PciDevice::Net(_) | PciDevice::Balloon(_) => {}
             }
         }
@@ -58,6 +57,12 @@ impl DomainFiles {
             files.read.push(image.path().to_owned());
         }
         files
+    }
+
+    fn add_terminal(&mut self, backend: &SerialBackend) {
+        if let SerialBackend::File { path, .. } = backend {
+            self.write.push(path.clone());
+        }
     }
 
     fn add_disk(&mut self, disk: &DiskSpec) {

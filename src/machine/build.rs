@@ -385,6 +385,7 @@ fn make_devices(
         virtio,
         disks: opened.disks,
         nets: opened.nets,
+        consoles: opened.consoles,
         balloon,
     };
     Ok((devices, ports, mmio))

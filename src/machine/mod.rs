@@ -121,6 +121,15 @@ pub enum MachineError {
         #[source]
         source: BackendError,
     },
+    /// A virtio console's backend could not be opened.
+    #[error("the console in PCI slot {slot:#04x}")]
+    Console {
+        /// Its slot.
+        slot: u8,
+        /// Why.
+        #[source]
+        source: BackendError,
+    },
     /// A disk could not be opened.
     #[error("disk {name}")]
     Disk {
@@ -455,6 +464,14 @@ impl Machine {
                 path: port.path(),
                 lost_bytes: port.lost_bytes(),
             })
+            .collect()
+    }
+
+    /// Returns the terminals, files or sockets of the virtio consoles, for those that have one.
+    pub fn virtio_consoles(&self) -> Vec<Option<PathBuf>> {
+        let consoles = self.shared.devices.consoles.iter();
+        consoles
+            .map(|console| console.path().map(Into::into))
             .collect()
     }
 

@@ -9,6 +9,7 @@ use super::memory::GuestRam;
 use super::spec::{MachineSpec, PciDevice, PciDeviceSpec};
 use super::virtio::balloon::Balloon;
 use super::virtio::blk::{Blk, Disk};
+use super::virtio::console::Console;
 use super::virtio::net::Net;
 use super::virtio::rng::Rng;
 use super::virtio::{Backend, DeviceError};
@@ -20,6 +21,7 @@ pub(super) struct Opened {
     pub(super) pci: Vec<OpenedPci>,
     pub(super) disks: Vec<Arc<Disk>>,
     pub(super) nets: Vec<Arc<Net>>,
+    pub(super) consoles: Vec<Arc<Console>>,
 }
 
 /// What is behind a device on PCI.
@@ -92,6 +94,13 @@ impl Opened {
                 let made = Arc::new(Balloon::new(*balloon, ram.clone()));
                 inflatable = Some(made.clone());
                 (slot.to_string(), made)
+            }
+            PciDevice::Console(backend) => {
+                let opened = Console::open(backend)
+                    .map_err(|source| MachineError::Console { slot, source })?;
+                let opened = Arc::new(opened);
+                self.consoles.push(opened.clone());
+                (slot.to_string(), opened)
             }
         };
         Ok(OpenedPci {

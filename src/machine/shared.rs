@@ -24,6 +24,7 @@ use super::vcpu::Vcpu;
 use super::virtio::VirtioPci;
 use super::virtio::balloon::Balloon;
 use super::virtio::blk::Disk;
+use super::virtio::console::Console;
 use super::virtio::net::Net;
 use super::{MachineError, describe_chain};
 use crate::guest::{GateTimeout, MemoryFill, VcpuGate};
@@ -123,6 +124,7 @@ pub(super) struct Devices {
     pub virtio: Vec<Arc<VirtioPci>>,
     pub disks: Vec<Arc<Disk>>,
     pub nets: Vec<Arc<Net>>,
+    pub consoles: Vec<Arc<Console>>,
     /// The balloon, and the device that it is.
     pub balloon: Option<(Arc<Balloon>, Arc<VirtioPci>)>,
 }
@@ -360,6 +362,9 @@ impl Shared {
         let deadline = Instant::now() + LAST_OUTPUT_TIMEOUT;
         for port in &self.devices.serials {
             port.flush_until(deadline);
+        }
+        for console in &self.devices.consoles {
+            console.flush_until(deadline);
         }
         if let Err(WrongState { state }) = self.lifecycle.apply(event) {
             log::debug!("the machine is {state} already");

@@ -288,6 +288,8 @@ pub enum PciDevice {
     Rng(RngSpec),
     /// A virtio balloon; at most one.
     Balloon(BalloonSpec),
+    /// A virtio console.
+    Console(SerialBackend),
 }
 
 /// A balloon.

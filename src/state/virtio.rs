@@ -106,6 +106,18 @@ impl SectionPayload for VirtioNetV1 {
     const VERSION: u16 = 1;
 }
 
+/// A console. Its instance is its slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioConsoleV1 {
+    /// Bytes of the next request of its second queue that have gone out already.
+    pub taken: u32,
+}
+
+impl SectionPayload for VirtioConsoleV1 {
+    const KIND: &'static str = "virtio-console";
+    const VERSION: u16 = 1;
+}
+
 /// A balloon. Its instance is its slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioBalloonV1 {

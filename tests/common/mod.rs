@@ -15,6 +15,7 @@ pub mod pagewriter;
 pub mod records;
 pub mod rpc_client;
 mod sample;
+pub mod terminal;
 pub mod victim;
 
 use std::fs::OpenOptions;

@@ -1,4 +1,4 @@
-//! The serial console as a stream.
+//! A console as a stream.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -16,7 +16,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::{Answer, DriverCall, Livepoint, check_flags};
 use crate::daemon::error::failed;
-use crate::daemon::worker;
+use crate::daemon::{worker, xml};
+use crate::host::control::protocol::Method;
 use crate::rpc::{Code, DomainRef, Pace, Procedure, Reply, RpcError, StreamEnd, StreamSender};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[Procedure {
@@ -200,15 +201,11 @@ fn open(call: &DriverCall<'_>) -> Answer<Reply> {
         state.name.clone()
     };
     let mut worker = worker::connect(&driver.paths, &name)?;
-    let consoles = worker.status().map_err(|error| failed(&error))?.consoles;
-    let index = device_index(device.as_deref())?;
-    let Some(path) = consoles.get(index).cloned() else {
-        let which = device.as_deref().unwrap_or("default");
-        return Err(RpcError::new(
-            Code::InternalError,
-            format!("cannot find console device '{which}' that can be opened"),
-        ));
-    };
+    let document: String = worker
+        .call(Method::DumpXml)
+        .map_err(|error| failed(&error))?;
+    let device = device.as_deref().filter(|device| !device.is_empty());
+    let path = find_line(&document, device)?;
     let broken = |error: std::io::Error| {
         RpcError::new(
             Code::SystemError,
@@ -251,19 +248,34 @@ fn open(call: &DriverCall<'_>) -> Answer<Reply> {
     }))
 }
 
-/// Returns the number of a console by its device's name, as documents of running domains give it.
-fn device_index(device: Option<&str>) -> Answer<usize> {
-    let Some(device) = device.filter(|device| !device.is_empty()) else {
-        return Ok(0);
+/// Finds where a console or serial port can be reached by the document of a running domain: the one
+/// of that name, or the first.
+fn find_line(document: &str, name: Option<&str>) -> Answer<PathBuf> {
+    let wrong = |what: String| RpcError::new(Code::InternalError, what);
+    let domain = xml::read(document, "domain")?;
+    let devices = domain.child("devices").map(|devices| &devices.children);
+    let find = |kind: &str| {
+        devices?.iter().find(|device| {
+            let alias = device.child("alias");
+            let alias = alias.and_then(|alias| alias.attribute("name"));
+            device.name == kind && (name.is_none() || name == alias)
+        })
     };
-    let number = ["serial", "console"]
-        .iter()
-        .find_map(|kind| device.strip_prefix(kind)?.parse().ok());
-    number.ok_or_else(|| {
-        RpcError::new(
-            Code::InternalError,
-            format!("cannot find console device '{device}'"),
-        )
+    let which = name.unwrap_or("default");
+    let line = find("console").or_else(|| find("serial"));
+    let line = line.ok_or_else(|| wrong(format!("cannot find console device '{which}'")))?;
+    let source = line.child("source");
+    let listens = source.and_then(|source| source.attribute("mode")) == Some("bind");
+    let can_open = match line.attribute("type") {
+        Some("pty") => true,
+        Some("unix") => listens,
+        _ => false,
+    };
+    let path = source.and_then(|source| source.attribute("path"));
+    path.filter(|_| can_open).map(PathBuf::from).ok_or_else(|| {
+        wrong(format!(
+            "console device '{which}' is neither a terminal nor a socket that listens"
+        ))
     })
 }
 

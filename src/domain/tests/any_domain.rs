@@ -116,12 +116,25 @@ fn any_rng() -> impl Strategy<Value = Rng> {
     })
 }
 
+/// Of files and sockets that no serial port has.
+fn any_console() -> impl Strategy<Value = SerialBackend> {
+    let path = "/console/[a-z]{1,8}".prop_map(|path| HostPath::new(&path).unwrap());
+    let append = prop::option::of(any::<bool>());
+    prop_oneof![
+        Just(SerialBackend::Pty),
+        Just(SerialBackend::Null),
+        (path.clone(), append).prop_map(|(path, append)| SerialBackend::File { path, append }),
+        (path, any::<bool>()).prop_map(|(path, listen)| SerialBackend::Unix { path, listen }),
+    ]
+}
+
 fn any_pci() -> impl Strategy<Value = PciDevices> {
     let slot = prop::option::of(1..=PCI_SLOT_MAX);
     let kind = prop_oneof![
         any_disk().prop_map(PciDeviceKind::Disk),
         any_interface().prop_map(PciDeviceKind::Interface),
         any_rng().prop_map(PciDeviceKind::Rng),
+        any_console().prop_map(PciDeviceKind::Console),
         any::<[Option<bool>; 2]>().prop_map(|[free_page_reporting, auto_deflate]| {
             PciDeviceKind::Balloon(Balloon {
                 free_page_reporting,
@@ -280,6 +293,7 @@ proptest! {
         let live = LiveInfo {
             id: 3,
             ptys: vec![HostPath::new("/dev/pts/1").ok()],
+            console_ptys: vec![HostPath::new("/dev/pts/2").ok(), None],
             taps: vec![None, HostInterface::new("vnet7").ok()],
             given_kib: {
                 let balloon = config.machine.devices.pci.balloon();

@@ -140,7 +140,7 @@ pub struct Status {
     /// How much of it the guest has given back by its balloon; none where it has no balloon.
     #[serde(default)]
     pub given_bytes: Option<u64>,
-    /// Where each serial console can be reached: a pty's or a socket's path.
+    /// Where each console can be reached, serial ports first: a pty's or a socket's path.
     pub consoles: Vec<PathBuf>,
     /// What the guest has asked of each disk.
     #[serde(default)]

@@ -1,6 +1,6 @@
-//! Where the bytes of a serial port go to and come from.
+//! Where the bytes of a serial port or a console go to and come from.
 //!
-//! Nothing here blocks: what does not go out at once is the port's to queue.
+//! Nothing of a backend blocks: what does not go out at once is the device's to keep.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -9,6 +9,8 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
@@ -18,6 +20,19 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use crate::machine::spec::SerialBackend;
+
+/// How often a terminal is looked at for somebody who opens it: nothing tells.
+pub(in crate::machine) const REOPEN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a vCPU waits, once, for a reader that has stopped reading, before output is dropped.
+pub(in crate::machine) const STALL_MAX: Duration = Duration::from_millis(100);
+
+/// How often a reader must be found to have read all: the kernel passes output on by a thread of its
+/// own, before which there seems to be nothing.
+const READ_TIMES: u32 = 3;
+
+/// How long it takes until the next look.
+const READ_INTERVAL: Duration = Duration::from_millis(2);
 
 /// What goes to standard output at once: a pipe that polls as writable takes as much.
 const STDOUT_CHUNK: usize = 4096;
@@ -32,7 +47,7 @@ pub struct BackendError {
 }
 
 impl BackendError {
-    pub(super) fn new(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(in crate::machine) fn new(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self { what, source }
     }
@@ -40,7 +55,7 @@ impl BackendError {
 
 /// What became of bytes on their way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Sent {
+pub(in crate::machine) enum Sent {
     /// So many went out.
     Bytes(usize),
     /// The other side takes none now.
@@ -51,7 +66,7 @@ pub(super) enum Sent {
 
 /// What came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Received {
+pub(in crate::machine) enum Received {
     /// So many bytes.
     Bytes(usize),
     /// None yet.
@@ -84,7 +99,7 @@ enum Kind {
 
 /// An open backend.
 #[derive(Debug)]
-pub(super) struct Backend {
+pub(in crate::machine) struct Backend {
     kind: Kind,
     path: Option<PathBuf>,
 }
@@ -101,7 +116,7 @@ impl Drop for Backend {
 }
 
 impl Backend {
-    pub(super) fn open(spec: &SerialBackend) -> Result<Self, BackendError> {
+    pub(in crate::machine) fn open(spec: &SerialBackend) -> Result<Self, BackendError> {
         let (kind, path) = match spec {
             SerialBackend::Null => (Kind::Null, None),
             SerialBackend::Stdio => {
@@ -160,7 +175,7 @@ impl Backend {
     }
 
     /// Returns the terminal, file or socket of the host, where there is one.
-    pub(super) fn path(&self) -> Option<&Path> {
+    pub(in crate::machine) fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
 
@@ -170,13 +185,13 @@ impl Backend {
     }
 
     /// Sends what goes out without blocking.
-    pub(super) fn send(&mut self, bytes: &[u8]) -> Sent {
+    pub(in crate::machine) fn send(&mut self, bytes: &[u8]) -> Sent {
         match &mut self.kind {
             Kind::Null => Sent::Discarded,
             Kind::File(file) => match file.write_all(bytes) {
                 Ok(()) => Sent::Bytes(bytes.len()),
                 Err(error) => {
-                    log::warn!("serial output is lost: {error}");
+                    log::warn!("output is lost: {error}");
                     Sent::Discarded
                 }
             },
@@ -205,13 +220,13 @@ impl Backend {
     }
 
     /// Returns whether it is a pseudo-terminal.
-    pub(super) fn is_terminal(&self) -> bool {
+    pub(in crate::machine) fn is_terminal(&self) -> bool {
         matches!(self.kind, Kind::Pty { .. })
     }
 
     /// Returns whether somebody has the terminal open who has not read all that was sent. It would
     /// be lost with the terminal.
-    pub(super) fn is_unread(&self) -> bool {
+    pub(in crate::machine) fn is_unread(&self) -> bool {
         let (Kind::Pty { master }, Some(path)) = (&self.kind, &self.path) else {
             return false;
         };
@@ -226,7 +241,11 @@ impl Backend {
 
     /// Returns what to poll for. The descriptors stay open while somebody polls them: closed
     /// under a poll, their numbers could become other files'.
-    pub(super) fn poll_for(&self, input: bool, output: bool) -> Vec<(Arc<OwnedFd>, PollFlags)> {
+    pub(in crate::machine) fn poll_for(
+        &self,
+        input: bool,
+        output: bool,
+    ) -> Vec<(Arc<OwnedFd>, PollFlags)> {
         let when = |wanted: bool, flags| {
             if wanted { flags } else { PollFlags::empty() }
         };
@@ -263,7 +282,7 @@ impl Backend {
     }
 
     /// Takes a client that waits, if none is there.
-    pub(super) fn accept(&mut self) {
+    pub(in crate::machine) fn accept(&mut self) {
         if let Kind::Listener { listener, client } = &mut self.kind
             && client.is_none()
             && let Ok(socket) = rustix::net::accept_with(&*listener, SocketFlags::CLOEXEC)
@@ -273,7 +292,7 @@ impl Backend {
     }
 
     /// Receives what is there, without blocking.
-    pub(super) fn receive(&mut self, buffer: &mut [u8]) -> Received {
+    pub(in crate::machine) fn receive(&mut self, buffer: &mut [u8]) -> Received {
         match &mut self.kind {
             Kind::Null | Kind::File(_) => Received::Nothing,
             Kind::Stdio { input, ended, .. } => {
@@ -305,6 +324,15 @@ impl Backend {
                 result
             }
         }
+    }
+}
+
+/// Waits until a terminal's reader has read all, by [`Backend::is_unread`], or until `deadline`.
+pub(in crate::machine) fn wait_until_read(deadline: Instant, is_unread: impl Fn() -> bool) {
+    let mut read = 0;
+    while read < READ_TIMES && Instant::now() < deadline {
+        read = if is_unread() { 0 } else { read + 1 };
+        thread::sleep(READ_INTERVAL);
     }
 }
 
@@ -387,7 +415,6 @@ fn is_stale(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::time::{Duration, Instant};
 
     use super::*;
 

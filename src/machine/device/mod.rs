@@ -1,6 +1,6 @@
 //! The machine's devices, and what all of them do around a pause.
 
-mod backend;
+pub(in crate::machine) mod backend;
 pub mod i8042;
 pub mod pm;
 pub mod rtc;

@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState};
 
-use super::backend::{Backend, Received, Sent};
+use super::backend::{Backend, REOPEN_INTERVAL, Received, STALL_MAX, Sent, wait_until_read};
 use super::{BackendError, Device, DrainTimeout, IrqLine, Quiesce};
 use crate::machine::bus::{GuestRequest, Registers};
 use crate::machine::spec::SerialSpec;
@@ -29,19 +29,6 @@ pub const PORTS: u64 = 8;
 
 /// Output that waits for its reader, at most.
 const QUEUE_BYTES_MAX: usize = 64 << 10;
-
-/// How long a vCPU waits, once, for a reader that has stopped reading, before output is dropped.
-const STALL_MAX: Duration = Duration::from_millis(100);
-
-/// How often a terminal is looked at for somebody who opens it: nothing tells.
-const REOPEN_INTERVAL: Duration = Duration::from_millis(100);
-
-/// How often a reader must be found to have read all: the kernel passes output on by a thread of its
-/// own, before which there seems to be nothing.
-const READ_TIMES: u32 = 3;
-
-/// How long it takes until the next look.
-const READ_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Bytes of the receive FIFO.
 const FIFO_BYTES: usize = 64;
@@ -234,16 +221,9 @@ impl SerialPort {
     /// Waits until what the guest wrote has gone out, and who has the terminal open has read it, or
     /// until `deadline`.
     pub fn flush_until(&self, deadline: Instant) {
-        let mut line = self.send_until(deadline);
-        let mut read = if line.backend.is_terminal() {
-            0
-        } else {
-            READ_TIMES
-        };
-        while read < READ_TIMES && Instant::now() < deadline {
-            let is_unread = line.backend.is_unread();
-            read = if is_unread { 0 } else { read + 1 };
-            line = self.shared.wait(line, READ_INTERVAL);
+        let is_terminal = self.send_until(deadline).backend.is_terminal();
+        if is_terminal {
+            wait_until_read(deadline, || self.shared.lock().backend.is_unread());
         }
     }
 

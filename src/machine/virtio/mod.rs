@@ -11,6 +11,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod console;
 mod engine;
 pub mod net;
 mod queue;
@@ -18,6 +19,7 @@ mod registers;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+mod timer;
 mod transport;
 
 use std::fmt;

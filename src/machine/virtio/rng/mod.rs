@@ -5,17 +5,14 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::PollFlags;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
+use super::timer::Timer;
 use super::{Backend, Fault, Kind, Work};
 use crate::machine::spec::{RngRate, RngSpec};
 
@@ -41,7 +38,7 @@ pub struct Rng {
     rate: Option<RngRate>,
     allowance: Mutex<Allowance>,
     /// Expires when the next period begins.
-    timer: OwnedFd,
+    timer: Timer,
 }
 
 impl Rng {
@@ -55,10 +52,7 @@ impl Rng {
                 since: None,
                 waits: false,
             }),
-            timer: timerfd_create(
-                TimerfdClockId::Monotonic,
-                TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
-            )?,
+            timer: Timer::new()?,
         })
     }
 
@@ -84,28 +78,9 @@ impl Rng {
         allowance.left -= u32::try_from(taken).expect("no more than is left");
         if taken == 0 {
             let passed = passed.unwrap_or_default();
-            self.wake_after(rate.period.saturating_sub(passed));
+            self.timer.set(Some(rate.period.saturating_sub(passed)));
         }
         taken
-    }
-
-    fn wake_after(&self, time: Duration) {
-        let never = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // A time of zero would stop the timer.
-        let time = time.max(Duration::from_micros(1));
-        let setting = Itimerspec {
-            it_interval: never,
-            it_value: Timespec {
-                tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX),
-                tv_nsec: time.subsec_nanos().into(),
-            },
-        };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &setting) {
-            log::warn!("could not set the timer of a source of random numbers: {error}");
-        }
     }
 }
 
