@@ -45,6 +45,10 @@ const JOBS: &[(&str, &str)] = &[
         "linux-crash",
     ),
     (
+        "the_same_holds_on_a_file_system_with_reflink_which_freezes_the_disks",
+        "linux-crash-xfs",
+    ),
+    (
         "two_restores_of_one_image_are_machines_of_their_own_each_with_the_clock_asked_for",
         "linux-clones",
     ),

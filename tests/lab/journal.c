@@ -1,7 +1,7 @@
 /*
  * Appends records to a file, each synced before it is reported; or checks such a file.
  *
- *     journal write FILE [FROM]  prints `journal: N` once record N is on stable storage
+ *     journal write FILE [NAME]  prints `journal: N`, or `NAME: N`, once record N is on stable storage
  *     journal check FILE         prints `journal: whole N`, N being the last record; a record that is
  *                                torn, wrong or missing before another is an error
  */
@@ -34,19 +34,19 @@ static int fail(const char *what)
     return 1;
 }
 
-static int append(const char *path, uint64_t number)
+static int append(const char *path, const char *name)
 {
     unsigned char record[RECORD];
     int file = open(path, O_WRONLY | O_CREAT | O_APPEND, 0644);
     if (file < 0)
         return fail("open");
-    for (;; number++) {
+    for (uint64_t number = 1;; number++) {
         make(record, number);
         if (write(file, record, RECORD) != RECORD)
             return fail("write");
         if (fsync(file) != 0)
             return fail("fsync");
-        printf("journal: %llu\n", (unsigned long long)number);
+        printf("%s: %llu\n", name, (unsigned long long)number);
         fflush(stdout);
         usleep(20000);
     }
@@ -79,9 +79,9 @@ static int check(const char *path)
 int main(int argc, char **argv)
 {
     if (argc >= 3 && strcmp(argv[1], "write") == 0)
-        return append(argv[2], argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
+        return append(argv[2], argc > 3 ? argv[3] : "journal");
     if (argc == 3 && strcmp(argv[1], "check") == 0)
         return check(argv[2]);
-    fprintf(stderr, "usage: journal write FILE [FROM] | check FILE\n");
+    fprintf(stderr, "usage: journal write FILE [NAME] | check FILE\n");
     return 2;
 }

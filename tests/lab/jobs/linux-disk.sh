@@ -9,11 +9,10 @@ linux_xml disk.xml | sed "s|<source file='.*'/>|<source file='$work/disk.img'/>|
 # reported one, and at most one more. `replay` first does what a mount would.
 check_disk() {
     local last whole
-    [ "${2:-}" != replay ] || e2fsck -fy "$1" > fsck.log 2>&1 || [ $? = 1 ] || { cat fsck.log; fail "replay"; }
-    e2fsck -fn "$1" > fsck.log 2>&1 || { cat fsck.log; fail "the file system is not clean"; }
+    check_ext4 "$@"
     rm -f log
     debugfs -R "dump /log log" "$1" 2> /dev/null
-    last=$(seen=0 lines '^(lab# )*journal: [0-9]+$' | tail -n 1 | grep -oE '[0-9]+$')
+    last=$(reported journal)
     whole=$("$LAB_DIR/journal" check log | grep -oE 'whole [0-9]+' | grep -oE '[0-9]+') || fail "$("$LAB_DIR/journal" check log)"
     echo "reported $last, on the disk $whole"
     [ "$whole" -ge "$last" ] && [ "$whole" -le $((last + 1)) ] || fail "$last were reported, $whole are on the disk"
@@ -41,5 +40,5 @@ wait_for 300 'lab: guest ready, 1 CPUs'
 say 'mount -t ext4 /dev/vda /mnt && journal check /mnt/log; umount /mnt; poweroff -f'
 wait_for 60 'journal: whole [0-9]+'
 wait_vm 60 || fail "the process ended with status $?"
-e2fsck -fn disk.img > fsck.log 2>&1 || { cat fsck.log; fail "the file system is not clean"; }
+check_ext4 disk.img
 echo "all right"
