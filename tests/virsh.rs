@@ -505,8 +505,31 @@ fn a_guest_with_a_balloon_can_be_asked_for_memory_and_one_without_cannot() {
         inactive.contains("<memory unit='KiB'>65536</memory>"),
         "{inactive}"
     );
+    // Nor does it say how it uses its memory; how often it would be asked is kept.
+    let period = |view: &[&str]| {
+        let xml = daemon.ok(&[&["dumpxml", "b"][..], view].concat());
+        let at = xml.find("<stats period='");
+        at.map(|at| {
+            xml[at + 15..]
+                .chars()
+                .take_while(char::is_ascii_digit)
+                .collect::<String>()
+        })
+    };
+    daemon.ok(&["dommemstat", "b", "--period", "7", "--live"]);
+    daemon.ok(&["dommemstat", "b", "--period", "9", "--config"]);
+    assert_eq!(period(&[]).as_deref(), Some("7"));
+    assert_eq!(period(&["--inactive"]).as_deref(), Some("9"));
+    daemon.ok(&["dommemstat", "b", "--period", "0", "--live", "--config"]);
+    assert_eq!((period(&[]), period(&["--inactive"])), (None, None));
+    let stats = daemon.ok(&["dommemstat", "b"]);
+    assert!(!stats.contains("unused"), "{stats}");
     daemon.define_echo("plain");
     daemon.ok(&["start", "plain"]);
     let none = daemon.refused(&["setmem", "plain", "32768", "--live"]);
     assert!(none.contains("without the balloon"), "{none}");
+    for place in ["--live", "--config"] {
+        let none = daemon.refused(&["dommemstat", "plain", "--period", "7", place]);
+        assert!(none.contains("balloon model must be virtio"), "{none}");
+    }
 }

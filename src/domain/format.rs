@@ -25,6 +25,8 @@ pub struct LiveInfo {
     pub taps: Vec<Option<HostInterface>>,
     /// Memory that the guest has given back by its balloon, in KiB.
     pub given_kib: u64,
+    /// Seconds between two questions to the guest how it uses its memory; 0 for none.
+    pub statistics_period_s: u32,
 }
 
 /// Which form of a document to write.

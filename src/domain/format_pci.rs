@@ -28,7 +28,11 @@ pub(super) fn devices(into: &mut Element, on_pci: &PciDevices, live: Option<&Liv
                 let tap = live.and_then(|live| live.taps.get(number)?.as_ref());
                 (interface(described, tap), format!("net{number}"))
             }
-            PciDeviceKind::Balloon(described) => (balloon(described), "balloon0".to_owned()),
+            PciDeviceKind::Balloon(described) => {
+                let period_s = live.map(|live| live.statistics_period_s);
+                let period_s = period_s.unwrap_or(described.statistics_period_s);
+                (balloon(described, period_s), "balloon0".to_owned())
+            }
             PciDeviceKind::Rng(described) => {
                 rngs += 1;
                 (rng(*described), format!("rng{}", rngs - 1))
@@ -172,7 +176,7 @@ fn console(backend: &SerialBackend, pty: Option<&HostPath>, port: usize) -> Elem
     element
 }
 
-fn balloon(balloon: &Balloon) -> Element {
+fn balloon(balloon: &Balloon, statistics_period_s: u32) -> Element {
     let mut element = Element::new("memballoon").with("model", "virtio");
     for (name, value) in [
         ("autodeflate", balloon.auto_deflate),
@@ -181,6 +185,9 @@ fn balloon(balloon: &Balloon) -> Element {
         if let Some(on) = value {
             element = element.with(name, if on { "on" } else { "off" });
         }
+    }
+    if statistics_period_s > 0 {
+        element.push(Element::new("stats").with("period", statistics_period_s));
     }
     element
 }

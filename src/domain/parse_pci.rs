@@ -29,7 +29,7 @@ pub(super) fn pci_devices(
                 PciDeviceKind::Console(console(element, serial)?)
             }
             "memballoon" if element.attribute("model") != Some("none") => {
-                PciDeviceKind::Balloon(balloon(element))
+                PciDeviceKind::Balloon(balloon(element)?)
             }
             _ => continue,
         };
@@ -214,15 +214,8 @@ fn rng(element: &Element) -> Result<Rng, DomainError> {
     let Some(rate) = element.child("rate") else {
         return Ok(Rng { source, rate: None });
     };
-    let figure = |what, default| match rate.attribute(what) {
-        Some(text) => {
-            let value = number(rate, what, text)?;
-            let fits = u32::try_from(value).ok();
-            fits.ok_or_else(|| rate.invalid(what, text, "less than 2^32"))
-        }
-        None => Ok(default),
-    };
-    let (bytes, period) = (figure("bytes", 0)?, figure("period", RNG_PERIOD_MS)?);
+    let bytes = figure(rate, "bytes", 0)?;
+    let period = figure(rate, "period", RNG_PERIOD_MS)?;
     let rate = RngRate::new(bytes, period).map_err(|error| rate.refuse("rate", error))?;
     let rate = Some(rate);
     Ok(Rng { source, rate })
@@ -238,12 +231,26 @@ fn console(element: &Element, serial: &SerialPorts) -> Result<SerialBackend, Dom
     Ok(console)
 }
 
+/// Reads a number; `default` where it is not there.
+fn figure(element: &Element, what: &'static str, default: u32) -> Result<u32, DomainError> {
+    let Some(text) = element.attribute(what) else {
+        return Ok(default);
+    };
+    let value = u32::try_from(number(element, what, text)?);
+    value.map_err(|_| element.invalid(what, text, "less than 2^32"))
+}
+
 /// Reads a balloon, but for how large it is.
-fn balloon(element: &Element) -> Balloon {
+fn balloon(element: &Element) -> Result<Balloon, DomainError> {
     let is_on = |what| element.attribute(what).map(|text| text == "on");
-    Balloon {
+    let statistics_period_s = match element.child("stats") {
+        Some(stats) => figure(stats, "period", 0)?,
+        None => 0,
+    };
+    Ok(Balloon {
         free_page_reporting: is_on("freePageReporting"),
         auto_deflate: is_on("autodeflate"),
+        statistics_period_s,
         current: None,
-    }
+    })
 }

@@ -297,6 +297,13 @@ pub(super) const BALLOON: &[Rule] = &[
         "the guest gives back what it does not use, by itself; it is not in images then",
     )
     .only(&["on", "off"]),
-    Rule::refused("domain/devices/memballoon/stats", NOT_TUNED),
+    Rule::honoured(
+        "domain/devices/memballoon/stats",
+        "the guest is asked how it uses its memory",
+    ),
+    Rule::honoured(
+        "domain/devices/memballoon/stats@period",
+        "seconds between two questions; 0, or none: only its driver's first answer is there",
+    ),
     Rule::refused("domain/devices/memballoon/driver", NOT_TUNED),
 ];

@@ -337,6 +337,7 @@ fn pci_devices(
             domain::PciDeviceKind::Balloon(balloon) => PciDevice::Balloon(BalloonSpec {
                 free_page_reporting: balloon.free_page_reporting.unwrap_or(false),
                 auto_deflate: balloon.auto_deflate.unwrap_or(false),
+                statistics_period: Duration::from_secs(balloon.statistics_period_s.into()),
                 wanted_bytes: balloon.current.map_or(0, |current| {
                     memory.size().bytes().saturating_sub(current.bytes())
                 }),

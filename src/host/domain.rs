@@ -485,6 +485,7 @@ impl Domain {
         let disks = machine.map(|machine| disks_of(machine));
         let interfaces = machine.map(|machine| interfaces_of(machine));
         let given_bytes = machine.and_then(|machine| machine.given_bytes());
+        let memory_use = machine.and_then(|machine| machine.memory_use());
         drop(inner);
         Status {
             name: self.name().to_owned(),
@@ -495,6 +496,7 @@ impl Domain {
             vcpus: u32::from(self.config.machine.vcpus.count()),
             memory_bytes: self.config.machine.memory.size().bytes(),
             given_bytes,
+            memory_use,
             consoles: self.consoles(),
             disks: disks.unwrap_or_default(),
             interfaces: interfaces.unwrap_or_default(),
@@ -519,12 +521,13 @@ impl Domain {
                 "{bytes} bytes are more than the {all} bytes of the domain's memory"
             )));
         };
-        if machine.ask_for_memory(given) {
-            return Ok(());
-        }
-        Err(HostError::Unsupported(
-            "the domain has no balloon: <memballoon model='virtio'/> makes one".to_owned(),
-        ))
+        needs_balloon(machine.ask_for_memory(given))
+    }
+
+    /// Asks the guest at once, and then every `period`, how it uses its memory, which its balloon's
+    /// driver knows; [`Domain::status`] has its latest answer. Never where `period` is zero.
+    pub fn ask_for_memory_use_every(&self, period: Duration) -> Result<(), HostError> {
+        needs_balloon(self.machine()?.ask_for_memory_use_every(period))
     }
 
     /// Replaces what the document says besides the machine. Images keep what it was made with.
@@ -608,6 +611,9 @@ impl Domain {
             console_ptys,
             taps,
             given_kib: machine.given_bytes().unwrap_or(0) / 1024,
+            statistics_period_s: machine.memory_use_period().map_or(0, |period| {
+                u32::try_from(period.as_secs()).unwrap_or(u32::MAX)
+            }),
         }))
     }
 
@@ -803,6 +809,12 @@ fn watch(machine: &Machine, watchers: &Arc<Watchers>) {
         watchers.tell(state, what);
         true
     }));
+}
+
+fn needs_balloon(has: bool) -> Result<(), HostError> {
+    let why = "the domain has no balloon: <memballoon model='virtio'/> makes one";
+    has.then_some(())
+        .ok_or_else(|| HostError::Unsupported(why.to_owned()))
 }
 
 fn disks_of(machine: &Machine) -> Vec<DiskUse> {

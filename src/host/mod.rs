@@ -37,6 +37,7 @@ pub use crate::foreign::{
     Vmm,
 };
 pub use crate::kvmstate::ClockPolicy;
+pub use crate::machine::{GuestMemoryUse, MemoryFigure};
 pub use crate::qcow2::disk_bytes as qcow2_disk_bytes;
 pub use crate::state::StateSection;
 pub use crate::store::{Codec, Garbage, ImageSummary, VerifyReport};

@@ -56,6 +56,7 @@ use virtio::net::{Net, NetError};
 pub use build::open_kvm;
 pub use lifecycle::{EventListener, MachineEvent, MachineState, ShutoffReason, WrongState};
 pub use rewind::{MemoryFailure, MemoryRewind, Reuse};
+pub use virtio::balloon::{GuestMemoryUse, MemoryFigure};
 
 /// A machine that cannot be built, or cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -442,6 +443,29 @@ impl Machine {
         balloon.ask_for(bytes);
         device.notify_config();
         true
+    }
+
+    /// Returns how the guest used its memory when it was asked last; `None` where it has no
+    /// balloon, or no driver of it that answers.
+    pub fn memory_use(&self) -> Option<GuestMemoryUse> {
+        let (balloon, _) = self.shared.devices.balloon.as_ref()?;
+        balloon.memory_use()
+    }
+
+    /// Returns how often the guest is asked for that, zero for never; `None` where it has no
+    /// balloon.
+    pub fn memory_use_period(&self) -> Option<Duration> {
+        let (balloon, _) = self.shared.devices.balloon.as_ref()?;
+        Some(balloon.asks_for_use_every())
+    }
+
+    /// Asks the guest at once and each time `period` has passed how it uses its memory; never
+    /// where it is zero. False where it has no balloon.
+    pub fn ask_for_memory_use_every(&self, period: Duration) -> bool {
+        let balloon = self.shared.devices.balloon.as_ref();
+        balloon
+            .map(|(balloon, _)| balloon.ask_for_use_every(period))
+            .is_some()
     }
 
     /// Returns the network devices.

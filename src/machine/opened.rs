@@ -91,7 +91,11 @@ impl Opened {
                 (slot.to_string(), Arc::new(opened))
             }
             PciDevice::Balloon(balloon) => {
-                let made = Arc::new(Balloon::new(*balloon, ram.clone()));
+                let made = Balloon::new(*balloon, ram.clone()).map_err(|source| DeviceError {
+                    what: "make a timer".to_owned(),
+                    source,
+                })?;
+                let made = Arc::new(made);
                 inflatable = Some(made.clone());
                 (slot.to_string(), made)
             }

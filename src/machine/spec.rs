@@ -301,6 +301,8 @@ pub struct BalloonSpec {
     pub auto_deflate: bool,
     /// How many bytes the guest is asked to give at its start.
     pub wanted_bytes: u64,
+    /// Each time that has passed the guest is asked how it uses its memory; never where it is zero.
+    pub statistics_period: Duration,
 }
 
 /// A source of random numbers.

@@ -19,6 +19,7 @@ mod interface;
 mod jobs;
 mod lifecycle;
 mod lookup;
+mod memory_stats;
 mod node;
 mod save;
 mod snapshot;
@@ -57,6 +58,7 @@ const PARTS: &[&[Procedure<Livepoint>]] = &[
     vcpus::TABLE,
     config::TABLE,
     devices::TABLE,
+    memory_stats::TABLE,
     stats::TABLE,
     dirty_rate::TABLE,
     block::TABLE,

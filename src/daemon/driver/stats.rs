@@ -9,13 +9,13 @@ use rustix::process::Pid;
 use super::block::{DiskOf, disks_of, status_of};
 use super::lookup::fits;
 use super::{Answer, DriverCall, Livepoint, check_flags};
-use super::{dirty_rate, interface};
+use super::{dirty_rate, interface, memory_stats};
 use crate::daemon::managed::{Managed, State};
+use crate::host::GuestMemoryUse;
 use crate::host::control::protocol::{DiskUse, InterfaceUse, Status};
 use crate::rpc::{Code, DomainRef, List, Procedure, RpcError, TypedParam, TypedValue, procedure};
 
 pub(super) const TABLE: &[Procedure<Livepoint>] = &[
-    procedure!(159, Slow, memory_stats),
     procedure!(262, Quick, cpu_stats),
     procedure!(344, Slow, all_stats),
 ];
@@ -74,7 +74,7 @@ pub(super) fn vcpu_times_ns(pid: u32) -> BTreeMap<u32, ThreadTime> {
 }
 
 /// Returns the memory of the host that a domain's process takes, in KiB.
-fn rss_kib(pid: u32) -> u64 {
+pub(super) fn rss_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
@@ -139,26 +139,16 @@ impl<'a> Figures<'a> {
         self.memory_kib.saturating_sub(given.unwrap_or(0) / 1024)
     }
 
+    /// Returns how the guest uses its memory, where its balloon's driver says.
+    pub(super) fn memory_use(&self) -> Option<&GuestMemoryUse> {
+        let status = self.has_balloon.then(|| self.status()).flatten();
+        status?.memory_use.as_ref()
+    }
+
     fn interfaces(&self) -> &[InterfaceUse] {
         let status = self.has_interfaces.then(|| self.status()).flatten();
         status.map_or(&[], |status| &status.interfaces)
     }
-}
-
-fn memory_stats(
-    call: &DriverCall<'_>,
-    (wanted, most, flags): (DomainRef, u32, u32),
-) -> Answer<List<(i32, u64), 1024>> {
-    const ACTUAL_BALLOON: i32 = 6;
-    const RSS: i32 = 7;
-    check_flags(flags, 0, "virDomainMemoryStats")?;
-    let domain = call.driver.registry.find(&wanted)?;
-    let (pid, figures) = {
-        let state = domain.lock();
-        (state.active()?.pid, Figures::new(call.driver, &state))
-    };
-    let stats = [(ACTUAL_BALLOON, figures.used_kib()), (RSS, rss_kib(pid))];
-    Ok(List(stats.into_iter().take(most as usize).collect()))
 }
 
 type CpuStats = (List<TypedParam, 2048>, i32);
@@ -273,37 +263,34 @@ fn domain_stats(driver: &Livepoint, domain: &Managed, groups: u32) -> Vec<TypedP
         )
     };
     let mut params = Vec::new();
-    let mut add = |param| params.push(param);
     if groups & STATS_STATE != 0 {
-        add(TypedParam::new("state.state", TypedValue::Int(numbers.0)));
-        add(TypedParam::new("state.reason", TypedValue::Int(numbers.1)));
+        params.push(TypedParam::new("state.state", TypedValue::Int(numbers.0)));
+        params.push(TypedParam::new("state.reason", TypedValue::Int(numbers.1)));
         let count = u64::try_from(snapshots).unwrap_or(u64::MAX);
-        add(TypedParam::ulong("livepoint.checkpoints", count));
+        params.push(TypedParam::ulong("livepoint.checkpoints", count));
     }
     if let (true, Some(pid)) = (groups & STATS_CPU_TOTAL != 0, pid) {
         let (user, system, _) = read_stat(&format!("/proc/{pid}/stat")).unwrap_or_default();
-        add(TypedParam::ulong("cpu.time", user + system));
-        add(TypedParam::ulong("cpu.user", user));
-        add(TypedParam::ulong("cpu.system", system));
+        params.push(TypedParam::ulong("cpu.time", user + system));
+        params.push(TypedParam::ulong("cpu.user", user));
+        params.push(TypedParam::ulong("cpu.system", system));
     }
     if groups & STATS_BALLOON != 0 {
         if let Some(pid) = pid {
-            add(TypedParam::ulong("balloon.current", figures.used_kib()));
-            add(TypedParam::ulong("balloon.maximum", figures.memory_kib()));
-            add(TypedParam::ulong("balloon.rss", rss_kib(pid)));
+            memory_stats::add_stats(pid, &figures, &mut params);
         } else {
-            add(TypedParam::ulong("balloon.maximum", figures.memory_kib()));
+            params.push(TypedParam::ulong("balloon.maximum", figures.memory_kib()));
         }
     }
     if groups & STATS_VCPU != 0 {
-        add(TypedParam::new("vcpu.current", TypedValue::UInt(vcpus)));
-        add(TypedParam::new("vcpu.maximum", TypedValue::UInt(vcpus)));
+        params.push(TypedParam::new("vcpu.current", TypedValue::UInt(vcpus)));
+        params.push(TypedParam::new("vcpu.maximum", TypedValue::UInt(vcpus)));
         for (vcpu, thread) in pid.map(vcpu_times_ns).unwrap_or_default() {
-            add(TypedParam::new(
+            params.push(TypedParam::new(
                 format!("vcpu.{vcpu}.state"),
                 TypedValue::Int(1),
             ));
-            add(TypedParam::ulong(
+            params.push(TypedParam::ulong(
                 format!("vcpu.{vcpu}.time"),
                 thread.time_ns,
             ));

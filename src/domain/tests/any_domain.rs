@@ -135,10 +135,12 @@ fn any_pci() -> impl Strategy<Value = PciDevices> {
         any_interface().prop_map(PciDeviceKind::Interface),
         any_rng().prop_map(PciDeviceKind::Rng),
         any_console().prop_map(PciDeviceKind::Console),
-        any::<[Option<bool>; 2]>().prop_map(|[free_page_reporting, auto_deflate]| {
+        (any::<[Option<bool>; 2]>(), any::<u32>()).prop_map(|(choices, statistics_period_s)| {
+            let [free_page_reporting, auto_deflate] = choices;
             PciDeviceKind::Balloon(Balloon {
                 free_page_reporting,
                 auto_deflate,
+                statistics_period_s,
                 current: None,
             })
         }),
@@ -300,6 +302,10 @@ proptest! {
                 let current = balloon.and_then(|balloon| balloon.current);
                 let kib = config.machine.memory.size().kib();
                 kib - current.map_or(kib, MemorySize::kib)
+            },
+            statistics_period_s: {
+                let balloon = config.machine.devices.pci.balloon();
+                balloon.map_or(0, |balloon| balloon.statistics_period_s)
             },
         };
         let xml = config.to_xml(XmlView::Live(&live));

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::host::{
     CheckpointRequest, CheckpointSummary, DirtyRateRequest, DirtyRateStatus, DomainEvent,
-    DomainTexts, ErrorCode, JobProgress, MachineState, PeriodicStatus,
+    DomainTexts, ErrorCode, GuestMemoryUse, JobProgress, MachineState, PeriodicStatus,
 };
 
 /// The newest protocol version that this build speaks.
@@ -87,6 +87,8 @@ pub enum Method {
     Events,
     /// Asks the guest to use so much memory, by its balloon.
     SetMemory(MemoryBytes),
+    /// Asks the guest every so many seconds how it uses its memory; `status` has its answer.
+    SetMemoryStatsPeriod(Seconds),
     /// Replaces the document's title, description and metadata.
     SetTexts(DomainTexts),
     /// Begins to measure how fast the domain writes its memory; `status` has what comes of it.
@@ -116,6 +118,13 @@ pub struct MemoryBytes {
     pub bytes: u64,
 }
 
+/// A length of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seconds {
+    /// In seconds; 0 for never.
+    pub seconds: u32,
+}
+
 /// The answer to [`Method::Checkpoint`].
 pub type JobStarted = JobId;
 
@@ -140,6 +149,10 @@ pub struct Status {
     /// How much of it the guest has given back by its balloon; none where it has no balloon.
     #[serde(default)]
     pub given_bytes: Option<u64>,
+    /// How the guest uses its memory, by its own account; none where it has no balloon, or no
+    /// driver of it that answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_use: Option<GuestMemoryUse>,
     /// Where each console can be reached, serial ports first: a pty's or a socket's path.
     pub consoles: Vec<PathBuf>,
     /// What the guest has asked of each disk.

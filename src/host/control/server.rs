@@ -298,6 +298,10 @@ impl Connection<'_> {
                 .map(|summary| json(&summary)),
             Method::Events => return self.events(call.id),
             Method::SetMemory(size) => nothing(domain.set_memory(size.bytes)),
+            Method::SetMemoryStatsPeriod(period) => {
+                let period = Duration::from_secs(period.seconds.into());
+                nothing(domain.ask_for_memory_use_every(period))
+            }
             Method::SetTexts(texts) => nothing(domain.set_texts(texts)),
             Method::MeasureDirtyRate(how) => nothing(domain.measure_dirty_rate(how)),
         })

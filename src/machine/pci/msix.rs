@@ -72,12 +72,12 @@ impl Msix {
         &self.vectors
     }
 
-    /// Takes a saved state; false where it is of another number of vectors.
+    /// Takes a saved state; false where it has more vectors than there are.
     pub fn restore(&mut self, vectors: &[MsixVectorV1], enabled: bool, masked: bool) -> bool {
-        if vectors.len() != self.vectors.len() {
+        let Some(known) = self.vectors.get_mut(..vectors.len()) else {
             return false;
-        }
-        self.vectors.copy_from_slice(vectors);
+        };
+        known.copy_from_slice(vectors);
         (self.enabled, self.masked) = (enabled, masked);
         true
     }

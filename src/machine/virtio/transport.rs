@@ -443,23 +443,27 @@ impl VirtioPci {
             return Err("its driver uses features that this device does not have");
         }
         let mut registers = self.lock();
-        if saved.queues.len() != registers.queues.len() {
-            return Err("it has another number of queues");
+        // A build that knew less of the device had fewer: those that are new stay unused.
+        let mut queues = fresh_queues(&*self.backend);
+        if saved.queues.len() > queues.len() {
+            return Err("it has more queues than this device");
+        }
+        for (queue, saved) in queues.iter_mut().zip(&saved.queues) {
+            *queue = QueueSetup::from_saved(saved);
         }
         let mut vectors = self.interrupts.lock();
         if !vectors
             .msix
             .restore(&saved.vectors, saved.msix_enabled, saved.msix_masked)
         {
-            return Err("it has another number of interrupts");
+            return Err("it has more interrupts than this device");
         }
+        vectors.reset();
         vectors.config = vectors.checked(saved.config_vector);
-        let queue_vectors: Vec<u16> = saved
-            .queues
-            .iter()
-            .map(|queue| vectors.checked(queue.vector))
-            .collect();
-        vectors.queues = queue_vectors;
+        for (at, queue) in saved.queues.iter().enumerate() {
+            let vector = vectors.checked(queue.vector);
+            vectors.queues[at] = vector;
+        }
         drop(vectors);
         let (msix_at, access_at) = (registers.msix_at, registers.access_at);
         let config = &mut registers.config;
@@ -477,7 +481,7 @@ impl VirtioPci {
         registers.driver_feature_select = saved.driver_feature_select;
         registers.driver_features = saved.driver_features;
         registers.queue_select = saved.queue_select;
-        registers.queues = saved.queues.iter().map(QueueSetup::from_saved).collect();
+        registers.queues = queues;
         self.follow_config(&mut registers);
         if saved.status & NEEDS_RESET != 0 {
             self.engine.set_failed();

@@ -1,7 +1,8 @@
 # A stock kernel gives memory back: what it does not use, by itself, so that an image does not have it;
-# and as much as it is asked for. It takes it again, also after a restore.
+# and as much as it is asked for. It takes it again, also after a restore. It says how it uses its
+# memory, and goes on saying so.
 linux_xml net.xml | sed -e '/^    <disk/,/<\/disk>/d' -e '/^    <interface/,/<\/interface>/d' \
-    -e "s|<memballoon model='none'/>|<memballoon model='virtio' freePageReporting='on'/>|" > linux.xml
+    -e "s|<memballoon model='none'/>|<memballoon model='virtio' freePageReporting='on'><stats period='1'/></memballoon>|" > linux.xml
 start_vm run linux.xml
 wait_for 300 'lab: guest ready, 1 CPUs'
 check_log boot
@@ -18,9 +19,23 @@ wait_resident() {
     done
 }
 
+# Waits until the guest says that of its memory so many bytes, or more, are used one way.
+figure() { "$LIVEPOINT" status linux-net --json | grep -oE "\"$1\": *[0-9]+" | grep -oE '[0-9]+$'; }
+wait_figure() {
+    local deadline=$((SECONDS + 90))
+    until [ "$(figure "$1" || echo 0)" "$2" "$3" ]; do
+        [ $SECONDS -lt $deadline ] || fail "$1 is $(figure "$1"), wanted: $2 $3"
+        nap 0.5
+    done
+}
+
+wait_figure total_bytes -gt $((400 << 20))
+[ "$(figure total_bytes)" -lt $((512 << 20)) ] || fail "the guest has $(figure total_bytes) bytes"
+was_free=$(figure free_bytes)
 fill='dd if=/dev/urandom of=/tmp/fill bs=1M count=150 2> /dev/null; sha256sum /tmp/fill | cut -c 1-8 | sed s/^/filled:/'
 say "$fill"
 wait_for 120 '^(lab# )*filled:'
+wait_figure free_bytes -lt $((was_free - 100000000))
 full=$(resident)
 [ "$full" -ge 150000 ] || fail "only $full KiB are there"
 checkpoint linux-net --protocol stop --out full.lpi --json > figures.json
@@ -70,6 +85,7 @@ for protocol in threaded cow; do
     [ "$(given)" = $((256 << 20)) ] || fail "the balloon is forgotten"
     total=$(lines 'total [0-9]+' | grep -oE '[0-9]+')
     [ "$total" -lt 262144 ] || fail "the guest has $total KiB"
+    wait_figure total_bytes -eq $((total << 10))
 done
 ask $((512 << 20)) 0
 mark

@@ -1,13 +1,21 @@
 //! A virtio balloon: memory that the guest gives back to the host, when it is asked to, or when it
-//! finds that nobody uses it.
+//! finds that nobody uses it. The guest also says how it uses its memory.
 
+mod statistics;
 #[cfg(test)]
 mod tests;
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
+use rustix::event::PollFlags;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+
+use statistics::Statistics;
+pub use statistics::{GuestMemoryUse, MemoryFigure};
 
 use super::{Backend, Chain, Fault, Kind, Virtqueue, Work};
 use crate::machine::memory::GuestRam;
@@ -17,11 +25,12 @@ use crate::state::virtio::VirtioBalloonV1;
 use crate::state::{StateError, StateSection, StateSet};
 
 // Features (specification, section 5.5.3); virtio-bindings does not have them.
+const STATS_QUEUE: u64 = 1 << 1;
 const DEFLATE_ON_OOM: u64 = 1 << 2;
 const PAGE_REPORTING: u64 = 1 << 5;
 
 /// Descriptors of each queue.
-const QUEUE_SIZES: [u16; 3] = [128; 3];
+const QUEUE_SIZES: [u16; 4] = [128; 4];
 /// The most pages of one request: Linux has 256.
 const PAGES_MAX: usize = 4096;
 /// Where in the configuration the driver says how many pages it has given.
@@ -36,6 +45,7 @@ pub struct Balloon {
     target: AtomicU32,
     /// How many it says that it has given.
     actual: AtomicU32,
+    statistics: Statistics,
 }
 
 fn pages_of(bytes: u64) -> u32 {
@@ -44,13 +54,16 @@ fn pages_of(bytes: u64) -> u32 {
 
 impl Balloon {
     /// Makes a balloon for the guest whose memory is `ram`.
-    pub fn new(spec: BalloonSpec, ram: Arc<GuestRam>) -> Self {
-        Self {
+    pub fn new(spec: BalloonSpec, ram: Arc<GuestRam>) -> io::Result<Self> {
+        let statistics = Statistics::new()?;
+        statistics.ask_every(spec.statistics_period);
+        Ok(Self {
             spec,
             ram,
             target: AtomicU32::new(pages_of(spec.wanted_bytes)),
             actual: AtomicU32::new(0),
-        }
+            statistics,
+        })
     }
 
     /// Asks the guest to give so many bytes, altogether; its driver has to be told.
@@ -61,6 +74,21 @@ impl Balloon {
     /// Returns how many bytes the guest says that it has given.
     pub fn given_bytes(&self) -> u64 {
         u64::from(self.actual.load(Ordering::Acquire)) * PAGE_BYTES as u64
+    }
+
+    /// Asks the guest each time `period` has passed how it uses its memory; never where it is zero.
+    pub(in crate::machine) fn ask_for_use_every(&self, period: Duration) {
+        self.statistics.ask_every(period);
+    }
+
+    /// Returns how often that is; zero for never.
+    pub fn asks_for_use_every(&self) -> Duration {
+        self.statistics.period()
+    }
+
+    /// Returns how the guest used its memory when it was asked last; `None` until it has answered.
+    pub fn memory_use(&self) -> Option<GuestMemoryUse> {
+        self.statistics.latest()
     }
 
     /// Takes the pages whose numbers a request has.
@@ -128,14 +156,15 @@ impl Backend for Balloon {
 
     fn features(&self) -> u64 {
         let feature = |on, feature| if on { feature } else { 0 };
-        feature(self.spec.auto_deflate, DEFLATE_ON_OOM)
+        STATS_QUEUE
+            | feature(self.spec.auto_deflate, DEFLATE_ON_OOM)
             | feature(self.spec.free_page_reporting, PAGE_REPORTING)
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        // Inflate, deflate, and reports where there are any: neither statistics nor hints.
+        // Inflate, deflate, statistics, and reports where there are any: no hints.
         let reports = usize::from(self.spec.free_page_reporting);
-        &QUEUE_SIZES[..2 + reports]
+        &QUEUE_SIZES[..3 + reports]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -154,8 +183,15 @@ impl Backend for Balloon {
     }
 
     fn process(&self, work: &mut Work<'_>) -> Result<(), Fault> {
+        self.statistics.look_at_timer();
+        // Queues of features that the driver did not take have no number.
+        let statistics_at = (work.features & STATS_QUEUE != 0).then_some(2);
         for (number, queue) in work.queues.iter_mut().enumerate() {
             let Some(queue) = queue else { continue };
+            if Some(number) == statistics_at {
+                self.statistics.process(work.memory, queue)?;
+                continue;
+            }
             while !work.stop.is_set()
                 && let Some(chain) = queue.pop(work.memory)?
             {
@@ -171,6 +207,10 @@ impl Backend for Balloon {
         Ok(())
     }
 
+    fn poll_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        Some((self.statistics.timer(), PollFlags::IN))
+    }
+
     fn save(&self, instance: u32) -> Option<StateSection> {
         let state = VirtioBalloonV1 {
             target_pages: self.target.load(Ordering::Acquire),
@@ -183,10 +223,12 @@ impl Backend for Balloon {
         let saved: VirtioBalloonV1 = state.take(instance)?;
         self.target.store(saved.target_pages, Ordering::Release);
         self.actual.store(saved.actual_pages, Ordering::Release);
+        self.statistics.go_on();
         Ok(())
     }
 
     fn reset(&self) {
         self.actual.store(0, Ordering::Release);
+        self.statistics.forget();
     }
 }

@@ -5,26 +5,32 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Balloon, PAGE_REPORTING};
+use super::{Balloon, MemoryFigure, PAGE_REPORTING, STATS_QUEUE};
 use crate::machine::device::{Device, Quiesce};
+use crate::machine::memory::GuestRam;
 use crate::machine::spec::BalloonSpec;
 use crate::machine::virtio::testing::{
     BUFFERS, INDIRECT, NEEDS_RESET, NEXT, RAM_BYTES, Rig, WRITE, descriptor, ram,
 };
-use crate::state::StateSet;
+use crate::state::virtio::{VirtioBalloonV1, VirtioPciV1};
+use crate::state::{StateSection, StateSet};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A page that is given up, by its number.
 const PAGE: u32 = 0x200;
 
 fn rig() -> (Rig, Arc<Balloon>) {
+    rig_with(ram(), Duration::ZERO)
+}
+
+fn rig_with(ram: Arc<GuestRam>, statistics_period: Duration) -> (Rig, Arc<Balloon>) {
     let spec = BalloonSpec {
         free_page_reporting: true,
         auto_deflate: false,
         wanted_bytes: 0,
+        statistics_period,
     };
-    let ram = ram();
-    let balloon = Arc::new(Balloon::new(spec, ram.clone()));
+    let balloon = Arc::new(Balloon::new(spec, ram.clone()).unwrap());
     (Rig::with_ram(balloon.clone(), ram), balloon)
 }
 
@@ -113,13 +119,7 @@ fn a_balloon_that_is_saved_has_its_size_when_it_is_restored() {
     let saved = rig.device.save();
     let ram = rig.ram.clone();
     drop(rig);
-    let spec = BalloonSpec {
-        free_page_reporting: true,
-        auto_deflate: false,
-        wanted_bytes: 0,
-    };
-    let balloon = Arc::new(Balloon::new(spec, ram.clone()));
-    let restored = Rig::with_ram(balloon.clone(), ram);
+    let (restored, balloon) = rig_with(ram, Duration::ZERO);
     restored.device.pause();
     let mut state = StateSet::new(saved.clone()).unwrap();
     restored.device.restore(&mut state).unwrap();
@@ -134,6 +134,118 @@ fn a_balloon_that_is_saved_has_its_size_when_it_is_restored() {
     // A driver that begins anew has given nothing.
     restored.start(0);
     assert_eq!(balloon.given_bytes(), 0);
+}
+
+/// Fills the driver's buffer with figures and gives it to the device.
+fn tell(rig: &Rig, figures: &[(u16, u64)]) {
+    let bytes: Vec<u8> = figures
+        .iter()
+        .flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat())
+        .collect();
+    let memory = rig.memory();
+    memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+    let len = u32::try_from(bytes.len()).unwrap();
+    rig.offer(2, &[descriptor(BUFFERS, len, 0, 0)]);
+}
+
+/// Waits until the device has figures; returns how much memory they say is free.
+fn wait_free(rig: &Rig, balloon: &Balloon, wanted: u64) {
+    let free = || {
+        let told = balloon.memory_use()?;
+        told.figures.get(&MemoryFigure::FreeBytes).copied()
+    };
+    rig.wait(|| free() == Some(wanted));
+}
+
+#[test]
+fn the_guest_says_how_it_uses_its_memory_whenever_it_is_asked() {
+    let (rig, balloon) = rig();
+    rig.start(STATS_QUEUE | PAGE_REPORTING);
+    assert_eq!(balloon.memory_use(), None);
+    // One that the driver does not know, and one that the device does not.
+    tell(&rig, &[(4, 1000), (5, 9000), (6, u64::MAX), (77, 5)]);
+    wait_free(&rig, &balloon, 1000);
+    let figures = balloon.memory_use().unwrap().figures;
+    let expected = [
+        (MemoryFigure::FreeBytes, 1000),
+        (MemoryFigure::TotalBytes, 9000),
+    ];
+    assert_eq!(figures, expected.into());
+    // The buffer is the device's until it asks again: once, and not once more for a notification.
+    rig.kick(2);
+    balloon.ask_for_use_every(Duration::from_secs(3600));
+    rig.wait_used(2, 1).unwrap();
+    tell(&rig, &[(4, 2000)]);
+    wait_free(&rig, &balloon, 2000);
+    assert_eq!(rig.used(2), 1);
+    // Reports have the next queue then.
+    fill(&rig, PAGE..PAGE + 1);
+    let start = u64::from(PAGE) * 0x1000;
+    rig.offer(3, &[descriptor(start, 0x1000, WRITE, 0)]);
+    rig.wait_used(3, 1).unwrap();
+    assert_eq!(first_byte(&rig, PAGE), 0);
+    // Asked again and again.
+    balloon.ask_for_use_every(Duration::from_millis(1));
+    for round in 2..10 {
+        rig.wait_used(2, round).unwrap();
+        tell(&rig, &[(4, u64::from(round))]);
+        wait_free(&rig, &balloon, u64::from(round));
+    }
+    // Another driver knows nothing of what this one said.
+    rig.start(STATS_QUEUE);
+    assert_eq!(balloon.memory_use(), None);
+}
+
+#[test]
+fn a_restored_balloon_asks_anew_by_the_buffer_that_its_driver_has_given() {
+    let (rig, balloon) = rig();
+    rig.start(STATS_QUEUE);
+    tell(&rig, &[(4, 1000)]);
+    wait_free(&rig, &balloon, 1000);
+    rig.device.pause();
+    rig.device.drain(Instant::now() + PATIENCE).unwrap();
+    let saved = rig.device.save();
+    let ram = rig.ram.clone();
+    drop(rig);
+    let (restored, balloon) = rig_with(ram, Duration::from_secs(3600));
+    restored.device.pause();
+    let mut state = StateSet::new(saved).unwrap();
+    restored.device.restore(&mut state).unwrap();
+    restored.device.resume();
+    restored.wait_used(2, 1).unwrap();
+    assert_eq!(balloon.memory_use(), None, "figures of another time");
+    tell(&restored, &[(4, 500)]);
+    wait_free(&restored, &balloon, 500);
+}
+
+#[test]
+fn a_balloon_that_was_saved_without_statistics_is_restored() {
+    let (rig, _) = rig();
+    rig.start(PAGE_REPORTING);
+    rig.device.pause();
+    rig.device.drain(Instant::now() + PATIENCE).unwrap();
+    let mut saved = StateSet::new(rig.device.save()).unwrap();
+    let mut pci: VirtioPciV1 = saved.take(1).unwrap();
+    let balloon: VirtioBalloonV1 = saved.take(1).unwrap();
+    pci.queues.pop();
+    pci.vectors.pop();
+    pci.device_features &= !STATS_QUEUE;
+    let ram = rig.ram.clone();
+    drop(rig);
+    let sections = vec![
+        StateSection::encode(1, &pci),
+        StateSection::encode(1, &balloon),
+    ];
+    let (restored, _) = rig_with(ram, Duration::from_secs(1));
+    restored.device.pause();
+    let mut state = StateSet::new(sections).unwrap();
+    restored.device.restore(&mut state).unwrap();
+    restored.device.resume();
+    fill(&restored, PAGE..PAGE + 1);
+    let start = u64::from(PAGE) * 0x1000;
+    restored.offer(2, &[descriptor(start, 0x1000, WRITE, 0)]);
+    restored.wait_used(2, 1).unwrap();
+    assert_eq!(first_byte(&restored, PAGE), 0);
 }
 
 #[test]
@@ -165,6 +277,25 @@ fn a_driver_that_breaks_the_rules_has_to_reset_the_device() {
         give(&rig, &[PAGE]);
         rig.wait_used(0, 1).unwrap();
         assert_eq!(first_byte(&rig, PAGE), 0, "{queue} {what}");
+    }
+}
+
+#[test]
+fn statistics_that_are_none_stop_the_device_until_it_is_reset() {
+    let (rig, balloon) = rig();
+    for (what, chain) in [
+        ("a part of a figure", descriptor(BUFFERS, 25, 0, 0)),
+        ("too many", descriptor(BUFFERS, 2570, 0, 0)),
+        ("a loop", descriptor(BUFFERS, 10, NEXT, 0)),
+        ("outside of memory", descriptor(RAM_BYTES, 10, 0, 0)),
+    ] {
+        rig.start(STATS_QUEUE);
+        rig.offer(2, &[chain]);
+        rig.wait(|| rig.status() & NEEDS_RESET != 0);
+        assert_eq!(balloon.memory_use(), None, "{what}");
+        rig.start(STATS_QUEUE);
+        tell(&rig, &[(4, 7)]);
+        wait_free(&rig, &balloon, 7);
     }
 }
 
