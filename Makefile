@@ -74,6 +74,7 @@ test: setup-test ## every test, in its short form
 	CARGO="$(CARGO)" tests/run
 
 test-long: setup-test ## the long forms: soaks, thousands of cases; and the packages
+	$(call need,mmdebstrap debian-archive-keyring)
 	CARGO="$(CARGO)" LIVEPOINT_LONG=1 tests/run
 	$(MAKE) --no-print-directory test-packages
 

@@ -20,11 +20,29 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// How long one job may take, on a host that is busy with others.
 const JOB_TIMEOUT: Duration = Duration::from_secs(1500);
 
+/// The same in the long form, in which jobs do more.
+const LONG_JOB_TIMEOUT: Duration = Duration::from_secs(5400);
+
+/// How long L1 may run at most, in seconds.
+const L1_SECONDS: u32 = 3600;
+
+/// The same in the long form.
+const LONG_L1_SECONDS: u32 = 4 * 3600;
+
+/// A line of jobs whose guest has a root file system of its own.
+const NEEDS_ROOT: &str = "# needs: prepare-root";
+
 /// Jobs of the long form only (`LIVEPOINT_LONG=1`): they take minutes each.
-const LONG_JOBS: &[(&str, &str)] = &[(
-    "a_stock_kernel_on_four_cpus_computes_on_through_checkpoints_of_every_protocol",
-    "linux-checkpoint",
-)];
+const LONG_JOBS: &[(&str, &str)] = &[
+    (
+        "a_stock_kernel_on_four_cpus_computes_on_through_checkpoints_of_every_protocol",
+        "linux-checkpoint",
+    ),
+    (
+        "a_debian_with_systemd_a_database_and_dpkg_at_work_comes_back_healthy",
+        "linux-root",
+    ),
+];
 
 /// What each job proves is said at its beginning.
 const JOBS: &[(&str, &str)] = &[
@@ -65,6 +83,8 @@ const JOBS: &[(&str, &str)] = &[
 /// The L1 machine, while it runs.
 struct Lab {
     boot: Child,
+    /// Where what it boots is.
+    lab: PathBuf,
     share: tempfile::TempDir,
     setting: String,
     jobs: u32,
@@ -79,22 +99,34 @@ fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab")
 }
 
+/// Makes what the lab boots, unless it is there.
+fn prepare(script: &str, lab: &Path) -> Result<(), Failed> {
+    let prepared = Command::new(scripts().join(script)).arg(lab).output()?;
+    if prepared.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&prepared.stderr);
+    Err(format!("tests/lab/{script} failed: {said}").into())
+}
+
 impl Lab {
     fn start() -> Result<Self, Failed> {
         // Beside the test programs, in the target directory, whatever profile they are of.
         let program = Path::new(env!("CARGO_BIN_EXE_livepoint"));
         let target = program.ancestors().nth(2).expect("target/profile/program");
         let lab = target.join("lab");
-        let prepared = Command::new(scripts().join("prepare")).arg(&lab).output()?;
-        if !prepared.status.success() {
-            let said = String::from_utf8_lossy(&prepared.stderr);
-            return Err(format!("tests/lab/prepare failed: {said}").into());
-        }
+        prepare("prepare", &lab)?;
         let share = tempfile::tempdir_in(target)?;
+        let seconds = if is_long() {
+            LONG_L1_SECONDS
+        } else {
+            L1_SECONDS
+        };
         // Its standard input is the lifeline: L1 ends with this process.
         let boot = Command::new(scripts().join("boot"))
             .arg(share.path())
             .env("LAB_DIR", &lab)
+            .env("LAB_SECONDS", seconds.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()?;
@@ -108,6 +140,7 @@ impl Lab {
         );
         Ok(Self {
             boot,
+            lab,
             share,
             setting,
             jobs: 0,
@@ -119,6 +152,14 @@ impl Lab {
         self.jobs += 1;
         let file = |ending: &str| self.share.path().join(format!("{}.{ending}", self.jobs));
         let script = fs::read_to_string(scripts().join("jobs").join(format!("{job}.sh")))?;
+        if script.lines().any(|line| line == NEEDS_ROOT) {
+            prepare("prepare-root", &self.lab)?;
+        }
+        let timeout = if is_long() {
+            LONG_JOB_TIMEOUT
+        } else {
+            JOB_TIMEOUT
+        };
         let unfinished = file("new");
         fs::write(&unfinished, format!("{}{script}", self.setting))?;
         fs::rename(&unfinished, file("sh"))?;
@@ -137,7 +178,7 @@ impl Lab {
                 let console = console.unwrap_or_default();
                 return Err(format!("L1 ended with {status}; its console:\n{console}").into());
             }
-            if start.elapsed() > JOB_TIMEOUT {
+            if start.elapsed() > timeout {
                 // Nothing else can run in this L1: the job still does.
                 drop(self.boot.stdin.take());
                 return Err(format!("{job} did not end:\n{}", log()).into());
