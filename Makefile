@@ -26,13 +26,13 @@ BUILT     ?= $(TARGET)/release
 SUDO      := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # Guests are C; the C tests run under valgrind as well; abidiff compares the C ABI with what it was;
-# virsh is the daemon's client, qemu-img a second opinion on qcow2 images.
+# virsh is the daemon's client, qemu-img a second opinion on qcow2 images; systemd boots in namespaces.
 PACKAGES_BUILD := gcc libc6-dev binutils
 # The lab emulates a machine with QEMU; it downloads a kernel and busybox without installing them.
 PACKAGES_LAB   := qemu-system-x86 e2fsprogs xfsprogs xz-utils procps iproute2
 # An installation is used with pkg-config and CMake, and its man pages are checked.
 PACKAGES_INSTALL := make pkg-config cmake groff-base mandoc
-PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind abigail-tools libvirt-clients python3-libvirt virtinst qemu-utils $(PACKAGES_LAB) $(PACKAGES_INSTALL)
+PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind abigail-tools libvirt-clients python3-libvirt virtinst qemu-utils systemd $(PACKAGES_LAB) $(PACKAGES_INSTALL)
 
 PACKAGES_DEB   := $(PACKAGES_BUILD) dpkg-dev debhelper lintian libzstd-dev pkg-config python3
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::c::{library, root, run};
+use common::installation;
 
 /// Installs this build below `dir`, as a packager would.
 fn install(dir: &Path) -> PathBuf {
@@ -17,37 +18,10 @@ fn install(dir: &Path) -> PathBuf {
     destination
 }
 
-/// Returns a make that knows this build; `dir` keeps it in one place.
+/// Returns a make for Debian's places, with a multi-architecture directory.
 fn make(target: &str, dir: &Path, destination: &Path) -> Command {
-    let built = dir.join("built");
-    if !built.exists() {
-        fs::create_dir(&built).unwrap();
-        for (name, from) in [
-            ("livepoint", PathBuf::from(env!("CARGO_BIN_EXE_livepoint"))),
-            (
-                "livepointd",
-                PathBuf::from(env!("CARGO_BIN_EXE_livepointd")),
-            ),
-            (
-                "livepoint-manual",
-                PathBuf::from(env!("CARGO_BIN_EXE_livepoint-manual")),
-            ),
-            ("liblivepoint.so", library()),
-        ] {
-            std::os::unix::fs::symlink(from, built.join(name)).unwrap();
-        }
-    }
-    let mut command = Command::new("make");
-    command
-        .current_dir(root())
-        // What a make around this test passes on is not for this one.
-        .env_remove("MAKEFLAGS")
-        .env_remove("MAKELEVEL")
-        .arg(target)
-        .arg(format!("BUILT={}", built.display()))
-        .arg(format!("DESTDIR={}", destination.display()))
-        // A multi-architecture directory, as Debian has.
-        .args(["PREFIX=/usr", "LIBDIR=/usr/lib/x86_64-linux-gnu"]);
+    let mut command = installation::make(target, dir, destination);
+    command.args(["PREFIX=/usr", "LIBDIR=/usr/lib/x86_64-linux-gnu"]);
     command
 }
 

@@ -352,13 +352,50 @@ fn guests_are_shut_down_with_the_host_or_named() {
     assert!(done && said.contains("listens: started"), "{said}");
     for name in ["listens", "deaf"] {
         assert_eq!(daemon.state(name), "running");
-        daemon.ok(&["destroy", name]);
     }
-    // Nobody answers: that is an error, and no wait.
+    // Guests outlive the daemon: they are saved without it. To start them, one has to be there.
     let mut daemon = daemon;
     daemon.kill();
     let (done, said) = guests(&daemon, &["stop-guests"]);
+    assert!(
+        done && said.contains("listens: saved") && said.contains("deaf: saved"),
+        "{said}"
+    );
+    let (done, said) = guests(&daemon, &["start-guests"]);
     assert!(!done && said.contains("no daemon answers at"), "{said}");
+    daemon.start();
+    let saved = daemon.ok(&["list", "--all", "--name", "--with-managed-save"]);
+    assert_eq!(
+        saved.split_whitespace().collect::<Vec<_>>(),
+        ["deaf", "listens"]
+    );
+    // Where one runs, and does not answer at this socket, its domains are not touched.
+    fs::remove_file(daemon.socket()).unwrap();
+    let (done, said) = guests(&daemon, &["stop-guests"]);
+    assert!(!done && said.contains("in use"), "{said}");
+}
+
+#[test]
+fn what_starts_with_the_host_does_not_start_with_each_daemon() {
+    if !have_kvm() {
+        return;
+    }
+    let mut daemon = Daemon::new();
+    daemon.define_echo("auto");
+    daemon.ok(&["autostart", "auto"]);
+    // Nothing was to be started with the host when this daemon began.
+    daemon.kill();
+    daemon.start();
+    assert_eq!(daemon.state("auto"), "shut off");
+    // What is in the runtime directory goes when the host does.
+    daemon.kill();
+    fs::remove_dir_all(daemon.path("run")).unwrap();
+    daemon.start();
+    daemon.wait_state("auto", "running");
+    daemon.ok(&["destroy", "auto"]);
+    daemon.kill();
+    daemon.start();
+    assert_eq!(daemon.state("auto"), "shut off");
 }
 
 #[test]

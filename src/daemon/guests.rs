@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::args::Arguments;
 use super::paths::{make_dir, remove, write_whole};
-use super::sockets;
+use super::{Own, sockets};
 use crate::rpc::{CallError, Caller, DomainRef, List};
 
 /// Numbers of the procedures that are called.
@@ -86,14 +86,29 @@ impl Daemon {
         Caller::open(&self.socket, self.uri)
             .with_context(|| format!("no daemon answers at {}", self.socket.display()))
     }
+
+    /// Has this process be the daemon where none answers: guests outlive it, and no service is started
+    /// any more when the host shuts down.
+    fn replace_if_gone(&mut self, arguments: &Arguments) -> anyhow::Result<Option<Own>> {
+        let Err(error) = self.connect() else {
+            return Ok(None);
+        };
+        let socket = arguments.paths()?.workers().join("guests.sock");
+        let own = super::serve_own(arguments, &socket).context(error)?;
+        self.socket = socket;
+        Ok(Some(own))
+    }
 }
 
 /// Carries out a command. Fails where a guest was not stopped or started.
 pub(super) fn run(arguments: &Arguments, command: &Command) -> anyhow::Result<()> {
-    let daemon = Daemon::of(arguments)?;
+    let mut daemon = Daemon::of(arguments)?;
     let list = arguments.paths()?.state.join("guests.json");
     let failed = match command {
-        Command::StopGuests(args) => stop_all(&daemon, &list, args)?,
+        Command::StopGuests(args) => {
+            let _own = daemon.replace_if_gone(arguments)?;
+            stop_all(&daemon, &list, args)?
+        }
         Command::StartGuests => start_all(&daemon, &list)?,
     };
     anyhow::ensure!(failed == 0, "{failed} guests failed");
@@ -205,6 +220,8 @@ fn start_all(daemon: &Daemon, list: &Path) -> anyhow::Result<usize> {
         }
         match caller.call::<()>(DOMAIN_CREATE, &guest) {
             Ok(()) => println!("{}: started", guest.name),
+            // It starts with the host anyway, and has just done so.
+            Err(_) if state(&mut caller, &guest).is_ok_and(|state| state != SHUTOFF) => {}
             Err(error) => {
                 failed += 1;
                 eprintln!("{}: {error}", guest.name);

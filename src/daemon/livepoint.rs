@@ -12,7 +12,7 @@ use super::driver::Consoles;
 use super::error::DaemonError;
 use super::job::JobKind;
 use super::managed::{Live, Managed, State};
-use super::paths::Paths;
+use super::paths::{Paths, write_whole};
 use super::registry::Registry;
 use super::snapshots::Snapshots;
 use super::state::{self, Paused, RunState, Running, Shutoff};
@@ -262,8 +262,20 @@ impl Livepoint {
         }
     }
 
-    /// Starts what is to start with the daemon.
+    /// Starts what is to start with the host: once, so that a daemon that is started again leaves off
+    /// what has been shut down since.
     pub(super) fn autostart(self: &Arc<Self>) {
+        let started = self.paths.autostarted();
+        if started.exists() {
+            return;
+        }
+        self.autostart_all();
+        if let Err(error) = write_whole(&started, b"") {
+            log::warn!("{error}");
+        }
+    }
+
+    fn autostart_all(self: &Arc<Self>) {
         for domain in self.registry.all() {
             let wanted = {
                 let state = domain.lock();

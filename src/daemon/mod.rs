@@ -26,6 +26,7 @@ mod texts;
 mod worker;
 mod xml;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -34,11 +35,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::host::TerminationSignals;
+use crate::host::{LockFile, TerminationSignals};
 use crate::rpc::{Clients, serve};
 use args::Arguments;
 pub use driver::coverage;
 use livepoint::Livepoint;
+use sockets::SocketFile;
 use worker::Launcher;
 
 /// How often the daemon looks whether it has been of no use for long enough to end.
@@ -77,19 +79,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         // Full: it has been told already.
         let _ = ended.try_send(());
     })?;
-    let paths = arguments.paths()?;
-    paths.prepare()?;
-    let _lock = sockets::only_daemon(&paths)?;
-    let launcher = Launcher {
-        program: arguments.worker()?,
-        paths: paths.clone(),
-        in_scopes: systemd::is_our_manager(),
-        confinement: arguments.confinement()?,
-    };
-    let clients = Arc::new(Clients::default());
-    let driver = Livepoint::new(paths, launcher, clients.clone())?;
-    driver.resolve_pending();
-    driver.watch_workers()?;
+    let (_lock, driver) = take_over(arguments)?;
+    let clients = driver.clients.clone();
     let sockets = sockets::listen(arguments)?;
     for (listener, read_only) in sockets.listeners {
         serve(listener, read_only, &clients, &driver).context("could not serve a socket")?;
@@ -103,22 +94,59 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for a signal, or until nobody needed the daemon for `timeout`.
+/// Finds all domains, and keeps other daemons from them.
+fn take_over(arguments: &Arguments) -> anyhow::Result<(LockFile, Arc<Livepoint>)> {
+    let paths = arguments.paths()?;
+    paths.prepare()?;
+    let lock = sockets::only_daemon(&paths)?;
+    let launcher = Launcher {
+        program: arguments.worker()?,
+        paths: paths.clone(),
+        in_scopes: systemd::is_our_manager(),
+        confinement: arguments.confinement()?,
+    };
+    let driver = Livepoint::new(paths, launcher, Arc::new(Clients::default()))?;
+    driver.resolve_pending();
+    driver.watch_workers()?;
+    Ok((lock, driver))
+}
+
+/// A daemon in this process, for a command of its own, until this is dropped at the process's end.
+struct Own {
+    _file: SocketFile,
+    _lock: LockFile,
+}
+
+/// Serves a socket from this process where no daemon runs that would.
+fn serve_own(arguments: &Arguments, socket: &Path) -> anyhow::Result<Own> {
+    let (lock, driver) = take_over(arguments)?;
+    let (listener, file) = sockets::bind(socket, 0o600, None)?;
+    serve(listener, false, &driver.clients, &driver)?;
+    Ok(Own {
+        _file: file,
+        _lock: lock,
+    })
+}
+
+/// Waits for a signal, or until nobody needed the daemon for `timeout`. Who comes after that is not
+/// taken, and finds the next daemon.
 fn wait_for_end(
     timeout: Option<Duration>,
     end: &crossbeam_channel::Receiver<()>,
-    driver: &Arc<Livepoint>,
+    driver: &Livepoint,
 ) {
     let mut idle_since = Instant::now();
     while end.recv_timeout(IDLE_POLL).is_err() {
         if !driver.is_idle() {
             idle_since = Instant::now();
         }
-        if timeout.is_some_and(|timeout| idle_since.elapsed() >= timeout) {
+        let is_over = timeout.is_some_and(|timeout| idle_since.elapsed() >= timeout);
+        if is_over && driver.clients.close_if(|| driver.is_idle()) {
             log::info!("nobody is there: the daemon ends");
             return;
         }
         // A channel without a sender would make this loop spin.
         thread::yield_now();
     }
+    driver.clients.close_if(|| true);
 }

@@ -16,7 +16,7 @@ const ENCODED_BYTES_MAX: usize = 240;
 /// The daemon's directories.
 #[derive(Clone, Debug)]
 pub struct Paths {
-    /// Definitions, and which of them start with the daemon.
+    /// Definitions, and which of them start with the host.
     pub config: PathBuf,
     /// Snapshots, managed saves, logs.
     pub state: PathBuf,
@@ -80,6 +80,11 @@ impl Paths {
 
     pub(super) fn workers(&self) -> PathBuf {
         self.runtime.path().join("daemon")
+    }
+
+    /// Returns the file that says that what starts with the host has been started.
+    pub(super) fn autostarted(&self) -> PathBuf {
+        self.workers().join("autostarted")
     }
 
     /// Returns the file of a running domain with `ending`.

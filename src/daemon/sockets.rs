@@ -61,10 +61,9 @@ pub(super) fn listen(arguments: &Arguments) -> anyhow::Result<Sockets> {
     let all = paths.iter().map(|path| (path, false, arguments.mode));
     let all = all.chain(read_only.iter().map(|path| (path, true, arguments.mode_ro)));
     for (path, is_read_only, mode) in all {
-        let listener = bind(path, mode, group)
-            .with_context(|| format!("could not listen at {}", path.display()))?;
+        let (listener, file) = bind(path, mode, group)?;
         sockets.listeners.push((listener, is_read_only));
-        sockets.files.push(SocketFile(path.clone()));
+        sockets.files.push(file);
     }
     Ok(sockets)
 }
@@ -95,7 +94,18 @@ fn default_sockets() -> anyhow::Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     Ok((vec![dir.join("libvirt/virtlivepointd-sock")], Vec::new()))
 }
 
-fn bind(path: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
+/// Listens at `path`, which nobody else may serve.
+pub(super) fn bind(
+    path: &Path,
+    mode: u32,
+    group: Option<u32>,
+) -> anyhow::Result<(UnixListener, SocketFile)> {
+    let listener = try_bind(path, mode, group)
+        .with_context(|| format!("could not listen at {}", path.display()))?;
+    Ok((listener, SocketFile(path.to_owned())))
+}
+
+fn try_bind(path: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
     if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
         make_dir(dir)?;
         // Others have to pass through it to sockets that are for them.

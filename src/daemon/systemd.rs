@@ -7,6 +7,14 @@ use std::path::Path;
 
 use crate::host::take_passed_descriptors;
 
+/// What systemd tells this process in its environment, and is for no other.
+pub(super) const VARIABLES: [&str; 4] = [
+    "NOTIFY_SOCKET",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+];
+
 /// Returns whether this process is a service of a running systemd.
 pub(super) fn is_our_manager() -> bool {
     std::env::var_os("INVOCATION_ID").is_some() && Path::new("/run/systemd/system").is_dir()

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use super::error::{DaemonError, failed};
 use super::paths::{Paths, file_name, write_whole};
 use super::state::Running;
+use super::systemd;
 use crate::host::confine::User;
 use crate::host::control::ControlClient;
 use crate::host::control::protocol::Method;
@@ -138,12 +139,18 @@ impl Launcher {
             "{}.log",
             file_name(name).unwrap_or_else(|| uuid.to_string())
         ));
-        let (mut child, log_start) = self.spawn(uuid, &args, &log)?;
+        let (mut child, log_start) = self.spawn(uuid, name, &args, &log)?;
         let client = wait_for(&paths.runtime, name, &mut child, || tail(&log, log_start))?;
         Ok((child, client))
     }
 
-    fn spawn(&self, uuid: Uuid, args: &[OsString], log: &Path) -> Result<(Child, u64), RpcError> {
+    fn spawn(
+        &self,
+        uuid: Uuid,
+        name: &str,
+        args: &[OsString],
+        log: &Path,
+    ) -> Result<(Child, u64), RpcError> {
         let failed = |source| DaemonError::path("open the log", log, source);
         let mut options = OpenOptions::new();
         let mut file = options
@@ -156,7 +163,12 @@ impl Launcher {
             // It registers the scope and then becomes the worker, with the same process id.
             let mut command = Command::new("systemd-run");
             command.args(["--scope", "--quiet", "--collect", "--slice=machine.slice"]);
-            command.arg(format!("--unit=livepoint-{uuid}"));
+            // Another name each time: systemd refuses one that it still knows, be it of a process that
+            // has only just ended, or because somebody has set a property of that.
+            let start = Uuid::new_v4().simple().to_string();
+            let start = start.get(..8).unwrap_or_default();
+            command.arg(format!("--unit=livepoint-{uuid}-{start}"));
+            command.arg(format!("--description=Virtual machine {name}"));
             // So that guests are saved before their processes are ended, when the host shuts down.
             command.arg("--property=Before=livepoint-guests.service");
             command.arg("--").arg(&self.program);
@@ -164,6 +176,9 @@ impl Launcher {
         } else {
             Command::new(&self.program)
         };
+        for variable in systemd::VARIABLES {
+            command.env_remove(variable);
+        }
         let child = command
             .arg("--runtime-dir")
             .arg(self.paths.runtime.path())

@@ -8,6 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
 use super::client::{Client, Peer};
 use super::connection::Connection;
 use super::dispatch::Driver;
@@ -22,6 +25,8 @@ const CLIENTS_MAX: usize = 1000;
 pub struct Clients {
     connected: Mutex<HashMap<u64, Arc<Client>>>,
     last_id: AtomicU64,
+    /// Whether no more are taken; held while one is.
+    closed: Mutex<bool>,
 }
 
 impl Clients {
@@ -35,6 +40,16 @@ impl Clients {
     /// Returns how many there are.
     pub fn count(&self) -> usize {
         self.lock().len()
+    }
+
+    /// Takes no more clients for the rest of the process, if `is_time` says so while none is being
+    /// taken; returns whether it does. Those who come wait in their socket, whose next process serves
+    /// them where systemd made it.
+    pub fn close_if(&self, is_time: impl FnOnce() -> bool) -> bool {
+        let closed = self.closed.lock();
+        let mut closed = closed.unwrap_or_else(PoisonError::into_inner);
+        *closed = *closed || is_time();
+        *closed
     }
 
     /// Sends an event to all who asked for it. Does not wait for any of them.
@@ -81,20 +96,48 @@ pub fn serve<D: Driver>(
     driver: &Arc<D>,
 ) -> io::Result<()> {
     let (clients, driver) = (clients.clone(), driver.clone());
+    // Another process may take the client that was waiting.
+    listener.set_nonblocking(true)?;
     thread::Builder::new()
         .name("lvp-accept".to_owned())
         .spawn(move || {
-            for socket in listener.incoming() {
-                let accepted =
-                    socket.and_then(|socket| begin(socket, read_only, &clients, &driver));
-                if let Err(error) = accepted {
-                    log::warn!("could not take a client: {error}");
-                    // Out of descriptors or threads, most likely: give others time to end.
-                    thread::sleep(Duration::from_millis(50));
+            loop {
+                match take(&listener, read_only, &clients, &driver) {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        log::warn!("could not take a client: {error}");
+                        // Out of descriptors or threads, most likely: give others time to end.
+                        thread::sleep(Duration::from_millis(50));
+                    }
                 }
             }
         })?;
     Ok(())
+}
+
+/// Waits for a client, and begins to serve it; tells whether there can be more.
+fn take<D: Driver>(
+    listener: &UnixListener,
+    read_only: bool,
+    clients: &Arc<Clients>,
+    driver: &Arc<D>,
+) -> io::Result<bool> {
+    let mut waiting = [PollFd::new(listener, PollFlags::IN)];
+    match poll(&mut waiting, None) {
+        Err(Errno::INTR) => return Ok(true),
+        polled => polled?,
+    };
+    let closed = clients.closed.lock();
+    let closed = closed.unwrap_or_else(PoisonError::into_inner);
+    if *closed {
+        return Ok(false);
+    }
+    match listener.accept() {
+        Ok((socket, _)) => begin(socket, read_only, clients, driver).map(|()| true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 fn begin<D: Driver>(

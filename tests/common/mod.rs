@@ -5,9 +5,11 @@
     reason = "each test program uses its own part"
 )]
 
+pub mod booted;
 pub mod c;
 pub mod disk_bench;
 pub mod gated;
+pub mod installation;
 pub mod livepointd;
 pub mod machines;
 pub mod memory;
