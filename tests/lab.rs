@@ -42,6 +42,10 @@ const LONG_JOBS: &[(&str, &str)] = &[
         "a_debian_with_systemd_a_database_and_dpkg_at_work_comes_back_healthy",
         "linux-root",
     ),
+    (
+        "consoles_of_a_stock_kernel_answer_on_through_checkpoints_of_every_protocol",
+        "linux-console",
+    ),
 ];
 
 /// What each job proves is said at its beginning.
