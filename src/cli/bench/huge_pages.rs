@@ -32,17 +32,17 @@ impl GuestMemory {
         let text = read(&smaps)?;
         let low = memory_bytes.min(HOLE_START);
         let sizes = [low, memory_bytes - low];
-        let ranges: Vec<(u64, u64)> = sizes
-            .into_iter()
-            .filter(|&size| size > 0)
-            .filter_map(|size| mappings(&text).find(|&(start, end, _)| end - start == size))
-            .map(|(start, end, _)| (start, end))
+        let sizes = sizes.into_iter().filter(|&size| size > 0);
+        let ranges: Option<Vec<(u64, u64)>> = sizes
+            .map(|size| {
+                let mut all = mappings(&text).map(|(start, end, _)| (start, end));
+                all.find(|(start, end)| end - start == size)
+            })
             .collect();
-        ensure!(
-            !ranges.is_empty(),
-            "no mapping of guest memory in {}",
-            smaps.display()
-        );
+        let ranges = ranges.with_context(|| {
+            let place = smaps.display();
+            format!("no mapping of all guest memory in {place}")
+        })?;
         Ok(Self { smaps, ranges })
     }
 
