@@ -377,6 +377,26 @@ fn garbage_is_what_is_old_and_neither_needed_nor_read() {
 }
 
 #[test]
+fn what_only_images_need_that_are_kept_for_others_is_garbage() {
+    let mut chain = Chain::new();
+    let dir = chain.dir.path().to_owned();
+    let (low, high): (Vec<_>, Vec<_>) = (0..PAGES).partition(|page| *page < PAGES / 2);
+    // Needs the upper half of the one before it, which the next one does not.
+    chain.grow(&low, 1, CarryOver::LEAST);
+    chain.grow(&high, 2, CarryOver::LEAST);
+    let garbage = collect_garbage(&FileStorage, &dir, 1).unwrap();
+    assert_eq!(garbage.removed, [chain.images[0].0.clone()]);
+    assert_eq!(garbage.needed, [chain.images[1].0.clone()]);
+    let missing = ImageReader::open(&FileStorage, &chain.images[1].0).unwrap_err();
+    assert!(
+        missing.to_string().contains("which cannot be used"),
+        "{missing}"
+    );
+    chain.images.drain(..2);
+    chain.assert_all();
+}
+
+#[test]
 fn garbage_collection_beside_readers_and_writers_breaks_no_image() {
     let mut chain = Chain::new();
     let dir = chain.dir.path().to_owned();

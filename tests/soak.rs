@@ -185,7 +185,7 @@ fn a_checkpoint_every_second_keeps_pace_and_grows_nothing() {
     }
     drop(running);
     let left = images(&chain);
-    // An image may be needed by those kept for as long as eight more (`SPAN_MIN`).
+    // Each image is needed by no more than as many after it as are kept.
     assert!((KEEP..=2 * KEEP).contains(&left.len()), "{left:?}");
     for image in left.iter().rev().take(KEEP) {
         let reader = ImageReader::open(&FileStorage, image).unwrap();

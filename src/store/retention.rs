@@ -34,7 +34,8 @@ struct Candidate {
 }
 
 /// Keeps the newest `keep` images of each guest in the chain in `dir`, and what they need; removes
-/// the others, durably.
+/// the others, durably. What is kept for others only can no longer be restored by itself where it
+/// needs an image that is removed.
 ///
 /// Nothing that anybody reads is removed, and nothing that an image written meanwhile needs: its
 /// writer leases that until the image is visible. Images under names of their own in the directory
@@ -55,9 +56,15 @@ pub fn collect_garbage(
         }
     }
     // Looked at again now that nobody can begin to need what is locked: an image may have come
-    // meanwhile, and those in use need theirs.
-    let removable: HashSet<_> = locked.iter().map(|(image, _)| image.name.clone()).collect();
-    let needed = needed_by_others(storage, dir, &removable)?;
+    // meanwhile, and those in use need theirs. Of those that only others need, what they would need
+    // themselves goes: a part of them is enough.
+    let only_needed = garbage.needed.iter().filter_map(|path| path.file_name());
+    let passed_over: HashSet<_> = locked
+        .iter()
+        .map(|(image, _)| image.name.clone())
+        .chain(only_needed.map(ToOwned::to_owned))
+        .collect();
+    let needed = needed_by_others(storage, dir, &passed_over)?;
     for (image, file) in locked {
         if needed.contains(&image.name) {
             garbage.needed.push(image.path);
