@@ -53,11 +53,12 @@ sleep 1
 behind=$(($(date +%s) - $(guest_date) + ahead))
 gone=$(($(date +%s) - saved))
 [ $behind -ge 20 ] && [ $behind -le $((gone + 1)) ] || fail "the guest's clock is $behind s behind; $gone s are gone"
-check_log
+# Before the log is checked, which empties it.
 mark
 say 'dmesg | grep -c "crng reseeded due to virtual machine fork"; echo counted'
 wait_for 30 '^(lab# )*counted'
 lines '^(lab# )*[1-9][0-9]*$' > /dev/null || fail "no new generation id was noticed"
+check_log
 say 'poweroff -f'
 wait_vm 60 || fail "the process ended with status $?"
 echo "all right"
