@@ -9,11 +9,12 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{Backend, VirtioPci, feature};
-use crate::machine::device::Quiesce;
+use crate::machine::device::{Device, Quiesce};
 use crate::machine::memory::{GuestMemory, GuestRam};
 use crate::machine::pci::PciFunction;
 use crate::machine::pci::testing::Recorder;
 use crate::machine::spec::{BackingSpec, MemorySpec};
+use crate::state::{StateSection, StateSet};
 
 pub const NEEDS_RESET: u8 = 0x40;
 pub const WRITE: u16 = 2;
@@ -66,6 +67,24 @@ impl Rig {
             recorder,
             queues,
         }
+    }
+
+    /// Makes another device with the memory of one that was saved, as a restore does; it takes all
+    /// of the state, and is paused.
+    pub fn restored(backend: Arc<dyn Backend>, ram: Arc<GuestRam>, saved: &[StateSection]) -> Self {
+        let restored = Self::with_ram(backend, ram);
+        restored.device.pause();
+        let mut state = StateSet::new(saved.to_vec()).unwrap();
+        restored.device.restore(&mut state).unwrap();
+        state.finish().unwrap();
+        restored
+    }
+
+    /// Pauses the device, and returns what is saved of it.
+    pub fn pause_and_save(&self) -> Vec<StateSection> {
+        self.device.pause();
+        self.device.drain(Instant::now() + PATIENCE).unwrap();
+        self.device.save()
     }
 
     pub fn memory(&self) -> &GuestMemory {

@@ -20,18 +20,29 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PAGE: u32 = 0x200;
 
 fn rig() -> (Rig, Arc<Balloon>) {
-    rig_with(ram(), Duration::ZERO)
+    let ram = ram();
+    let balloon = balloon(&ram, Duration::ZERO);
+    (Rig::with_ram(balloon.clone(), ram), balloon)
 }
 
-fn rig_with(ram: Arc<GuestRam>, statistics_period: Duration) -> (Rig, Arc<Balloon>) {
+/// Makes another one that goes on from a saved state, paused.
+fn restored(
+    ram: Arc<GuestRam>,
+    statistics_period: Duration,
+    saved: &[StateSection],
+) -> (Rig, Arc<Balloon>) {
+    let balloon = balloon(&ram, statistics_period);
+    (Rig::restored(balloon.clone(), ram, saved), balloon)
+}
+
+fn balloon(ram: &Arc<GuestRam>, statistics_period: Duration) -> Arc<Balloon> {
     let spec = BalloonSpec {
         free_page_reporting: true,
         auto_deflate: false,
         wanted_bytes: 0,
         statistics_period,
     };
-    let balloon = Arc::new(Balloon::new(spec, ram.clone()).unwrap());
-    (Rig::with_ram(balloon.clone(), ram), balloon)
+    Arc::new(Balloon::new(spec, ram.clone()).unwrap())
 }
 
 fn page(number: u32) -> GuestAddress {
@@ -114,16 +125,10 @@ fn a_balloon_that_is_saved_has_its_size_when_it_is_restored() {
     rig.start(PAGE_REPORTING);
     balloon.ask_for(100 * 4096);
     rig.write(0x2004, &60_u32.to_le_bytes());
-    rig.device.pause();
-    rig.device.drain(Instant::now() + PATIENCE).unwrap();
-    let saved = rig.device.save();
+    let saved = rig.pause_and_save();
     let ram = rig.ram.clone();
     drop(rig);
-    let (restored, balloon) = rig_with(ram, Duration::ZERO);
-    restored.device.pause();
-    let mut state = StateSet::new(saved.clone()).unwrap();
-    restored.device.restore(&mut state).unwrap();
-    state.finish().unwrap();
+    let (restored, balloon) = restored(ram, Duration::ZERO, &saved);
     assert_eq!(restored.device.save(), saved);
     assert_eq!(balloon.given_bytes(), 60 * 4096);
     restored.device.resume();
@@ -202,15 +207,10 @@ fn a_restored_balloon_asks_anew_by_the_buffer_that_its_driver_has_given() {
     rig.start(STATS_QUEUE);
     tell(&rig, &[(4, 1000)]);
     wait_free(&rig, &balloon, 1000);
-    rig.device.pause();
-    rig.device.drain(Instant::now() + PATIENCE).unwrap();
-    let saved = rig.device.save();
+    let saved = rig.pause_and_save();
     let ram = rig.ram.clone();
     drop(rig);
-    let (restored, balloon) = rig_with(ram, Duration::from_secs(3600));
-    restored.device.pause();
-    let mut state = StateSet::new(saved).unwrap();
-    restored.device.restore(&mut state).unwrap();
+    let (restored, balloon) = restored(ram, Duration::from_secs(3600), &saved);
     restored.device.resume();
     restored.wait_used(2, 1).unwrap();
     assert_eq!(balloon.memory_use(), None, "figures of another time");
@@ -222,9 +222,7 @@ fn a_restored_balloon_asks_anew_by_the_buffer_that_its_driver_has_given() {
 fn a_balloon_that_was_saved_without_statistics_is_restored() {
     let (rig, _) = rig();
     rig.start(PAGE_REPORTING);
-    rig.device.pause();
-    rig.device.drain(Instant::now() + PATIENCE).unwrap();
-    let mut saved = StateSet::new(rig.device.save()).unwrap();
+    let mut saved = StateSet::new(rig.pause_and_save()).unwrap();
     let mut pci: VirtioPciV1 = saved.take(1).unwrap();
     let balloon: VirtioBalloonV1 = saved.take(1).unwrap();
     pci.queues.pop();
@@ -236,10 +234,7 @@ fn a_balloon_that_was_saved_without_statistics_is_restored() {
         StateSection::encode(1, &pci),
         StateSection::encode(1, &balloon),
     ];
-    let (restored, _) = rig_with(ram, Duration::from_secs(1));
-    restored.device.pause();
-    let mut state = StateSet::new(sections).unwrap();
-    restored.device.restore(&mut state).unwrap();
+    let (restored, _) = restored(ram, Duration::from_secs(1), &sections);
     restored.device.resume();
     fill(&restored, PAGE..PAGE + 1);
     let start = u64::from(PAGE) * 0x1000;

@@ -359,11 +359,7 @@ fn a_pause_leaves_requests_in_the_queue_and_a_restore_carries_them_out_once() {
     let ram = rig.ram.clone();
     drop(rig);
     let disk = Disk::open(&spec(&file)).unwrap();
-    let restored = Rig::with_ram(Arc::new(Blk::new(Arc::new(disk))), ram);
-    restored.device.pause();
-    let mut state = StateSet::new(saved.clone()).unwrap();
-    restored.device.restore(&mut state).unwrap();
-    state.finish().unwrap();
+    let restored = Rig::restored(Arc::new(Blk::new(Arc::new(disk))), ram, &saved);
     assert_eq!(restored.device.save(), saved);
     restored.device.resume();
     assert_eq!(restored.wait_used(0, 2), Some((0, 513)));

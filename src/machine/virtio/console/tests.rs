@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -14,7 +14,6 @@ use crate::machine::spec::SerialBackend;
 use crate::machine::virtio::testing::{
     BUFFERS, NEEDS_RESET, NEXT, QUEUE_SIZE, RAM_BYTES, Rig, WRITE, descriptor,
 };
-use crate::state::StateSet;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -134,18 +133,12 @@ fn a_request_that_has_gone_out_in_part_goes_on_there_after_a_restore() {
     let (backend, mut host) = at_socket();
     let rig = started(&backend);
     print_too_much(&rig);
-    rig.device.pause();
-    rig.device.drain(Instant::now() + PATIENCE).unwrap();
+    let saved = rig.pause_and_save();
     assert!(rig.used(TRANSMIT) < QUEUE_SIZE);
-    let saved = rig.device.save();
     // Another device with the same memory and socket, as a restore makes it.
     let ram = rig.ram.clone();
     drop(rig);
-    let restored = Rig::with_ram(patient(&backend), ram);
-    restored.device.pause();
-    let mut state = StateSet::new(saved.clone()).unwrap();
-    restored.device.restore(&mut state).unwrap();
-    state.finish().unwrap();
+    let restored = Rig::restored(patient(&backend), ram, &saved);
     assert_eq!(restored.device.save(), saved);
     restored.device.resume();
     for index in 0..QUEUE_SIZE {

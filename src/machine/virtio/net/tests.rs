@@ -315,14 +315,10 @@ fn a_pause_leaves_packets_where_they_are_and_a_restore_carries_each_once() {
     let net = net(socket.clone(), true);
     drop(wire.rig);
     let restored = Wire {
-        rig: Rig::with_ram(net.clone(), ram),
+        rig: Rig::restored(net.clone(), ram, &saved),
         net,
         host: wire.host,
     };
-    restored.rig.device.pause();
-    let mut state = StateSet::new(saved.clone()).unwrap();
-    restored.rig.device.restore(&mut state).unwrap();
-    state.finish().unwrap();
     assert_eq!(restored.rig.device.save(), saved);
     restored.rig.device.resume();
     assert_eq!(restored.wait_packet(), packet(0x55, 60));

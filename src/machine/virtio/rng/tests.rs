@@ -13,7 +13,6 @@ use crate::machine::spec::{RngRate, RngSpec};
 use crate::machine::virtio::testing::{
     BUFFERS, NEEDS_RESET, NEXT, RAM_BYTES, Rig, WRITE, descriptor,
 };
-use crate::state::StateSet;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -73,16 +72,10 @@ fn a_request_that_waits_for_its_period_is_in_a_saved_state() {
     rig.offer(0, &[descriptor(BUFFERS, 50, WRITE, 0)]);
     assert_eq!(rig.wait_used(0, 1), Some((0, 10)));
     rig.offer(0, &[descriptor(BUFFERS, 50, WRITE, 0)]);
-    rig.device.pause();
-    rig.device.drain(Instant::now() + PATIENCE).unwrap();
-    let saved = rig.device.save();
+    let saved = rig.pause_and_save();
     let ram = rig.ram.clone();
     drop(rig);
-    let restored = Rig::with_ram(device(None), ram);
-    restored.device.pause();
-    let mut state = StateSet::new(saved.clone()).unwrap();
-    restored.device.restore(&mut state).unwrap();
-    state.finish().unwrap();
+    let restored = Rig::restored(device(None), ram, &saved);
     assert_eq!(restored.device.save(), saved);
     restored.device.resume();
     assert_eq!(restored.wait_used(0, 2), Some((0, 50)));
