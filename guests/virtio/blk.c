@@ -144,16 +144,18 @@ static void check_all(void)
 
 static void write_batch(void)
 {
+	/* Before the first request is there to be seen: the device may still be looking for more. */
+	header->writing = 1;
 	for (unsigned i = 0; i < batch; i++) {
 		uint64_t number = header->acknowledged + 1 + i;
 
 		make_record(&buffers[i], number);
 		submit(i, BLK_OUT, number % header->places, &buffers[i], sizeof(struct record));
 	}
-	header->writing = 1;
 	wait_for(batch);
 	flush();
 	header->acknowledged += batch;
+	memory_barrier();
 	header->writing = 0;
 }
 

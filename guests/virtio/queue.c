@@ -2,11 +2,6 @@
 /* Split virtqueues, as their driver uses them. */
 #include "virtio.h"
 
-static void memory_barrier(void)
-{
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-
 void virtio_put(struct virtqueue *queue, uint16_t first, const struct buffer *buffers, unsigned count)
 {
 	uint16_t index = queue->driver[1];

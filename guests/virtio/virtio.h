@@ -70,8 +70,14 @@ void virtio_open(struct virtio_device *device, uint64_t features, unsigned queue
 /* Lets the device go on: after the first buffers are in its queues. */
 void virtio_ready(struct virtio_device *device);
 
-/* Makes a request of descriptors from `first` on; the device does not look at
-   it before virtio_kick. */
+/* Orders memory as devices see it, and as a checkpoint does. */
+static inline void memory_barrier(void)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Makes a request of descriptors from `first` on. A device that is still at
+   work may take it at once; virtio_kick tells one that is not. */
 void virtio_put(struct virtqueue *queue, uint16_t first, const struct buffer *buffers, unsigned count);
 void virtio_kick(struct virtqueue *queue);
 
