@@ -62,14 +62,12 @@ pub(super) fn run(setup: &Setup) -> anyhow::Result<Lazy> {
     })
 }
 
+/// Each run has an image of its own: how many pages the guest touches before it prints is by chance,
+/// and the same for each restore of one image.
 fn first_output(setup: &Setup, memory_bytes: u64) -> anyhow::Result<FirstOutput> {
     let cmdline = half_full(10, "2m", TICK_MS);
     let guest = GuestSpec::pagewriter(memory_bytes, Backing::Thp, cmdline);
-    let mut vm = setup.start_pagewriter(Contender::Nothing, &guest, SETTLE)?;
     let request = setup.shm().request();
-    let contender = Contender::Ours(PROTOCOL, Staging::Ample);
-    vm.checkpoint(contender, memory_bytes, &request)?;
-    drop(vm);
     let (mut lazy, mut eager, mut shares) = (Vec::new(), Vec::new(), Vec::new());
     for run in 1..=setup.args.runs {
         let size = bytes(memory_bytes);
@@ -77,6 +75,10 @@ fn first_output(setup: &Setup, memory_bytes: u64) -> anyhow::Result<FirstOutput>
             "lazy, {size}: run {run} of {}",
             setup.args.runs
         ));
+        let mut vm = setup.start_pagewriter(Contender::Nothing, &guest, SETTLE)?;
+        let contender = Contender::Ours(PROTOCOL, Staging::Ample);
+        vm.checkpoint(contender, memory_bytes, &request)?;
+        drop(vm);
         for (start, times) in [(Start::Lazy, &mut lazy), (Start::Eager, &mut eager)] {
             let mut restored =
                 Spawned::another(setup.scratch(), "restored", &request.image, start)?;
@@ -88,8 +90,8 @@ fn first_output(setup: &Setup, memory_bytes: u64) -> anyhow::Result<FirstOutput>
             restored.kill();
             setup.go_on()?;
         }
+        discard(&request.image)?;
     }
-    discard(&request.image)?;
     Ok(FirstOutput {
         memory_bytes,
         lazy_us: Spread::of(lazy),
@@ -198,8 +200,9 @@ impl Lazy {
             "% huge, lazy",
         ];
         format!(
-            "### Lazy restore\n\nHalf of memory is incompressible, the rest untouched; the computation \
-             is saved after its first iteration; image of {PROTOCOL} in shm.\n\n{}",
+            "### Lazy restore\n\nHalf of memory is incompressible, the rest untouched; an image of its own \
+             for each first output; the computation is saved after its first iteration; images of \
+             {PROTOCOL} in shm.\n\n{}",
             table(&header, &rows)
         )
     }
