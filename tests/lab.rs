@@ -9,6 +9,7 @@ mod common;
 
 use std::env;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +29,9 @@ const L1_SECONDS: u32 = 3600;
 
 /// The same in the long form.
 const LONG_L1_SECONDS: u32 = 4 * 3600;
+
+/// How often a job is tried at most that the emulator breaks.
+const TRIES: u32 = 4;
 
 /// A line of jobs whose guest has a root file system of its own.
 const NEEDS_ROOT: &str = "# needs: prepare-root";
@@ -83,6 +87,25 @@ const JOBS: &[(&str, &str)] = &[
         "linux-balloon",
     ),
 ];
+
+/// Why a job has failed.
+enum JobError {
+    /// The emulator may be to blame, as the README beside the jobs says: another try may tell.
+    Emulator(Failed),
+    Job(Failed),
+}
+
+impl From<Failed> for JobError {
+    fn from(failed: Failed) -> Self {
+        Self::Job(failed)
+    }
+}
+
+impl From<io::Error> for JobError {
+    fn from(error: io::Error) -> Self {
+        Self::Job(error.into())
+    }
+}
 
 /// The L1 machine, while it runs.
 struct Lab {
@@ -152,7 +175,7 @@ impl Lab {
     }
 
     /// Runs a job script; its output is the error where it fails.
-    fn run(&mut self, job: &str) -> Result<(), Failed> {
+    fn run(&mut self, job: &str) -> Result<(), JobError> {
         self.jobs += 1;
         let file = |ending: &str| self.share.path().join(format!("{}.{ending}", self.jobs));
         let script = fs::read_to_string(scripts().join("jobs").join(format!("{job}.sh")))?;
@@ -175,17 +198,27 @@ impl Lab {
                     println!("{job}: {:.0} s\n{}", start.elapsed().as_secs_f64(), log());
                     return Ok(());
                 }
-                return Err(format!("{job} ended with {}:\n{}", status.trim(), log()).into());
+                let log = log();
+                let blame = if log.contains("triple fault") {
+                    JobError::Emulator
+                } else {
+                    JobError::Job
+                };
+                return Err(blame(
+                    format!("{job} ended with {}:\n{log}", status.trim()).into(),
+                ));
             }
             if let Some(status) = self.boot.try_wait()? {
                 let console = fs::read_to_string(self.share.path().join("console"));
                 let console = console.unwrap_or_default();
-                return Err(format!("L1 ended with {status}; its console:\n{console}").into());
+                let what = format!("L1 ended with {status}; its console:\n{console}");
+                return Err(JobError::Emulator(what.into()));
             }
             if start.elapsed() > timeout {
                 // Nothing else can run in this L1: the job still does.
                 drop(self.boot.stdin.take());
-                return Err(format!("{job} did not end:\n{}", log()).into());
+                let what = format!("{job} did not end:\n{}", log());
+                return Err(JobError::Job(what.into()));
             }
             thread::sleep(Duration::from_millis(50));
         }
@@ -214,10 +247,21 @@ fn check(lab: &Mutex<Option<Lab>>, name: &str, job: &str) -> Result<(), Failed> 
         return Ok(());
     }
     let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);
-    if lab.is_none() {
-        *lab = Some(Lab::start()?);
+    for attempt in 1.. {
+        if lab.is_none() {
+            *lab = Some(Lab::start()?);
+        }
+        match lab.as_mut().expect("started above").run(job) {
+            Err(JobError::Emulator(failed)) if attempt < TRIES => {
+                println!("{job}: try {attempt} of {TRIES} failed, perhaps by the emulator:");
+                println!("{}", failed.message().unwrap_or_default());
+                *lab = None;
+            }
+            Err(JobError::Emulator(failed) | JobError::Job(failed)) => return Err(failed),
+            Ok(()) => break,
+        }
     }
-    lab.as_mut().expect("started above").run(job)
+    Ok(())
 }
 
 fn main() {

@@ -18,6 +18,13 @@ start_daemon() {
     done
 }
 
+# virsh outlives a guest that crashed.
+alive() {
+    local log
+    mapfile -t log < "$work/var/log/debian.log"
+    kill -0 "$vm" 2> /dev/null && [[ ${log[*]} != *'the guest crashed'* ]]
+}
+
 v() { timeout 300 virsh -c "$uri" "$@" 2> refusal || { cat refusal >> errors; return 1; }; }
 
 # Attaches a console: `say` types, and the file console has what is shown.
@@ -43,6 +50,15 @@ wake() {
         ! lines '^lab# ' > /dev/null || return 0
     done
     fail "no shell at the console"
+}
+
+# answer PROMPT TEXT: a prompt throws away what was typed before it listens, which is a little after it
+# is there to be seen. The next prompt to answer must be a new one.
+answer() {
+    wait_for 60 "$1"
+    nap 1
+    mark
+    say "$2"
 }
 
 # Takes a live snapshot; again where this emulated machine was kept waiting (see `checkpoint`).
@@ -84,13 +100,11 @@ v define debian.xml || fail define
 v start debian || fail start
 attach
 wait_for 400 'lab login:'
-say root
-wait_for 60 'Password:'
-say wrong
+answer 'lab login:' root
+answer 'Password:' wrong
 wait_for 60 'Login incorrect'
-say root
-wait_for 60 'Password:'
-say lab
+answer 'lab login:' root
+answer 'Password:' lab
 wait_for 60 'lab# '
 mark
 say 'mount -t ext4 /dev/vda /mnt; echo logged in as $(id -un) on $(tty)'
