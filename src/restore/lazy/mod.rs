@@ -2,9 +2,10 @@
 //!
 //! A userfaultfd holds whoever touches memory that is not there. Memory comes in pieces of 2 MiB:
 //! first those that somebody waits for (`lvp-lazy-N`), and in between all others, in order
-//! (`lvp-fill`), beginning with what the guest wrote last, as the image records it. A piece is put together beside the guest from chunks whose digests hold, and then
-//! moved into it at once (by `UFFDIO_MOVE`, which keeps huge pages; by `UFFDIO_COPY` before Linux
-//! 6.8). Pieces without data are left alone: they are zeros when they are touched.
+//! (`lvp-fill`), beginning with what the guest wrote last, as the image records it. A piece is put
+//! together beside the guest from chunks whose digests hold, and then moved into it at once (by
+//! `UFFDIO_MOVE`, which keeps huge pages; by `UFFDIO_COPY` before Linux 6.8). Pieces without data
+//! are left alone: they are zeros when they are touched.
 //!
 //! **A byte that no digest covers never comes to the guest.** Where a chunk is damaged or cannot be
 //! read, whoever waits for its piece goes on waiting, the owner of the guest is told, stops it, and
@@ -362,6 +363,9 @@ impl Shared {
                 }
                 // Who faulted after it was filled, but was told of before, waits still.
                 self.wake_piece(piece);
+            }
+            if let Some(builder) = &mut builder {
+                builder.prepare();
             }
         }
     }

@@ -12,10 +12,12 @@ use crate::sys::anon::{HugeBytes, map_anonymous, populate};
 use crate::sys::mapping::GuestMapping;
 use crate::sys::missing::MissingPages;
 
-/// Most bytes of checked chunks that wait for more pieces that need them.
-const KEPT_BYTES_MAX: usize = 128 << 20;
+/// Most checked chunks that wait for more pieces that need them: 128 MiB.
+const KEPT_MAX: usize = 64;
 
 /// Checked chunks whose pages are of several pieces, so that each is read and checked once.
+///
+/// Their memory is used again: finding new memory takes the host longer than reading a chunk.
 #[derive(Debug)]
 pub(super) struct SharedChunks {
     kept: Mutex<Kept>,
@@ -25,14 +27,27 @@ pub(super) struct SharedChunks {
 struct Kept {
     chunks: HashMap<usize, KeptChunk>,
     oldest: VecDeque<usize>,
-    bytes: usize,
+    spare: Vec<HugeBytes>,
 }
 
 #[derive(Debug)]
 struct KeptChunk {
-    raw: Arc<[u8]>,
+    checked: Arc<CheckedChunk>,
     /// Pieces that need it still.
     pieces: usize,
+}
+
+/// A chunk whose digest held.
+#[derive(Debug)]
+struct CheckedChunk {
+    memory: HugeBytes,
+    len: usize,
+}
+
+impl CheckedChunk {
+    fn raw(&self) -> &[u8] {
+        &self.memory[..self.len]
+    }
 }
 
 impl SharedChunks {
@@ -46,41 +61,62 @@ impl SharedChunks {
         *self.lock() = Kept::default();
     }
 
-    /// Takes a kept chunk for one of the pieces that need it.
-    fn take(&self, chunk: usize) -> Option<Arc<[u8]>> {
+    /// Takes a kept chunk for one of the pieces that need it; [`SharedChunks::give_back`] must follow.
+    fn take(&self, chunk: usize) -> Option<Arc<CheckedChunk>> {
         let mut kept = self.lock();
         let found = kept.chunks.get_mut(&chunk)?;
-        let raw = found.raw.clone();
+        let checked = found.checked.clone();
         found.pieces -= 1;
         if found.pieces == 0 {
             kept.chunks.remove(&chunk);
-            kept.bytes -= raw.len();
         }
-        Some(raw)
+        Some(checked)
     }
 
-    /// Keeps a chunk for `pieces` more pieces, in the place of the oldest where there are many.
+    /// Has the memory of a chunk used again if nobody needs the chunk.
+    fn give_back(&self, checked: Arc<CheckedChunk>) {
+        if let Some(checked) = Arc::into_inner(checked) {
+            self.lock().spare.push(checked.memory);
+        }
+    }
+
+    /// Keeps a chunk for `pieces` more pieces, in the place of the oldest where there are many. It is
+    /// read again where there is no memory for it.
     fn keep(&self, chunk: usize, raw: &[u8], pieces: usize) {
-        let mut kept = self.lock();
-        if pieces == 0 || kept.chunks.contains_key(&chunk) {
+        if pieces == 0 || self.lock().chunks.contains_key(&chunk) {
             return;
         }
-        while kept.bytes + raw.len() > KEPT_BYTES_MAX {
-            let Some(oldest) = kept.oldest.pop_front() else {
-                return;
-            };
-            if let Some(gone) = kept.chunks.remove(&oldest) {
-                kept.bytes -= gone.raw.len();
-            }
+        let spare = self.lock().make_room();
+        let Ok(mut memory) = spare.map_or_else(|| HugeBytes::new(PIECE_BYTES), Ok) else {
+            return;
+        };
+        let len = raw.len();
+        memory[..len].copy_from_slice(raw);
+        let mut kept = self.lock();
+        if kept.chunks.contains_key(&chunk) {
+            kept.spare.push(memory);
+            return;
         }
-        kept.bytes += raw.len();
+        let checked = Arc::new(CheckedChunk { memory, len });
+        kept.chunks.insert(chunk, KeptChunk { checked, pieces });
         kept.oldest.push_back(chunk);
-        let raw = raw.into();
-        kept.chunks.insert(chunk, KeptChunk { raw, pieces });
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// Gives chunks up until there may be one more; returns memory for that, if there is any.
+    fn make_room(&mut self) -> Option<HugeBytes> {
+        while self.chunks.len() >= KEPT_MAX {
+            let oldest = self.oldest.pop_front()?;
+            let given_up = self.chunks.remove(&oldest);
+            let unused = given_up.and_then(|kept| Arc::into_inner(kept.checked));
+            self.spare.extend(unused.map(|checked| checked.memory));
+        }
+        self.spare.pop()
     }
 }
 
@@ -136,8 +172,9 @@ impl PieceBuilder {
                     target.put(offset, part.bytes_in(raw));
                 }
             };
-            if let Some(raw) = kept {
-                put(&raw);
+            if let Some(checked) = kept {
+                put(checked.raw());
+                chunks.give_back(checked);
                 continue;
             }
             let raw = reader.read_chunk(*chunk, &mut self.scratch)?;
@@ -150,6 +187,14 @@ impl PieceBuilder {
             Target::Copied(bytes) => missing.copy_in(mapping, offset, &bytes[..place.len]),
         };
         filled.map_err(failed("put memory into the guest of"))
+    }
+
+    /// Makes memory for the next piece now, while nobody waits for it.
+    pub(super) fn prepare(&mut self) {
+        if let Target::Moved(source) = &self.target {
+            // Where this fails, filling the piece fails, and says so.
+            populate(source, 0, PIECE_BYTES).ok();
+        }
     }
 
     /// Makes all of the piece's memory, so that it is moved as a whole; it is zeros.
