@@ -14,7 +14,7 @@ use crate::store::chain;
 use crate::store::codec::Decompressor;
 use crate::store::disks;
 use crate::store::error::{Damage, Place, StoreError};
-use crate::store::format::{Chunk, ChunkCodec, RunSource, narrow, wide};
+use crate::store::format::{CHUNK_PAGES_MAX, Chunk, ChunkCodec, RunSource, narrow, wide};
 use crate::store::index::PageIndex;
 use crate::store::layer::{self, Layer};
 use crate::store::leaves::{LeafDigests, Split};
@@ -46,9 +46,35 @@ pub struct ReadScratch {
     stored: Vec<u8>,
     raw: Vec<u8>,
     decompressor: Decompressor,
+    holds: Holds,
+}
+
+/// Where a scratch has the chunk that was read last.
+#[derive(Clone, Copy, Default)]
+enum Holds {
+    #[default]
+    Nothing,
+    Stored,
+    Raw,
 }
 
 impl ReadScratch {
+    /// Makes memory for a chunk that is not compressed, so that the first read does not wait for it.
+    pub fn prepare(&mut self) {
+        if self.stored.capacity() == 0 {
+            self.stored = vec![1; CHUNK_PAGES_MAX * PAGE_BYTES];
+        }
+    }
+
+    /// Returns the chunk that [`ImageReader::read_chunk`] returned last; nothing where it failed.
+    pub fn chunk(&self) -> &[u8] {
+        match self.holds {
+            Holds::Nothing => &[],
+            Holds::Stored => &self.stored,
+            Holds::Raw => &self.raw,
+        }
+    }
+
     /// Returns memory for bytes as they are stored.
     pub(crate) fn stored(&mut self) -> &mut Vec<u8> {
         &mut self.stored
@@ -230,7 +256,9 @@ impl ImageReader {
             stored,
             raw,
             decompressor,
+            holds,
         } = scratch;
+        *holds = Holds::Nothing;
         let extent = Extent {
             offset: record.offset,
             bytes: u64::from(record.stored_bytes),
@@ -248,13 +276,15 @@ impl ImageReader {
             _ => file.source().read_into(&extent, place, stored)?,
         }
         if record.codec == ChunkCodec::None {
-            return Ok(stored);
+            *holds = Holds::Stored;
+        } else {
+            raw.resize(record.raw_bytes(), 0);
+            decompressor
+                .decompress(record.codec, stored, raw)
+                .map_err(|reason| Damage::new(place, reason).of(&file.path))?;
+            *holds = Holds::Raw;
         }
-        raw.resize(record.raw_bytes(), 0);
-        decompressor
-            .decompress(record.codec, stored, raw)
-            .map_err(|reason| Damage::new(place, reason).of(&file.path))?;
-        Ok(raw)
+        Ok(scratch.chunk())
     }
 
     /// Returns whether chunk `chunk` is in its file as its pages are.

@@ -313,8 +313,10 @@ impl Shared {
         if let Err(error) = rustix::process::nice(FILL_NICENESS) {
             log::debug!("memory is filled at the guest's own priority: {error}");
         }
+        let Some(mut builder) = self.builder() else {
+            return;
+        };
         let mut polite = true;
-        let mut builder = None;
         let working_set = self.working_set.iter().copied();
         for piece in working_set.chain(0..self.pieces.count()) {
             if self.stop.load(Ordering::Acquire) {
@@ -332,7 +334,10 @@ impl Shared {
 
     /// Fills the pieces that somebody waits for, until all are there.
     fn serve_faults(&self) {
-        let mut builder = None;
+        let Some(mut builder) = self.builder() else {
+            return;
+        };
+        builder.prepare();
         let mut addresses = Vec::new();
         while !self.stop.load(Ordering::Acquire) {
             let mut fds = [
@@ -364,9 +369,7 @@ impl Shared {
                 // Who faulted after it was filled, but was told of before, waits still.
                 self.wake_piece(piece);
             }
-            if let Some(builder) = &mut builder {
-                builder.prepare();
-            }
+            builder.prepare();
         }
     }
 
@@ -380,8 +383,14 @@ impl Shared {
         }
     }
 
+    /// Makes the memory of a thread that fills pieces; none where that fails, and all with it.
+    fn builder(&self) -> Option<PieceBuilder> {
+        let made = PieceBuilder::new(self.missing.can_move());
+        made.map_err(|error| self.fail(error)).ok()
+    }
+
     /// Fills a piece that nobody fills yet; false where the thread must end.
-    fn fill(&self, piece: usize, builder: &mut Option<PieceBuilder>) -> bool {
+    fn fill(&self, piece: usize, builder: &mut PieceBuilder) -> bool {
         if self.pieces.claim(piece) != Claim::Mine {
             return true;
         }
@@ -390,8 +399,7 @@ impl Shared {
         };
         let place = self.pieces.place(piece);
         let region = &self.regions[place.region];
-        let filled = builder_for(builder, &self.missing)
-            .and_then(|builder| builder.fill(&reader, region, place, &self.chunks, &self.missing));
+        let filled = builder.fill(&reader, region, place, &self.chunks, &self.missing);
         if let Err(error) = filled {
             self.fail(error);
             return false;
@@ -402,16 +410,6 @@ impl Shared {
         }
         true
     }
-}
-
-fn builder_for<'a>(
-    builder: &'a mut Option<PieceBuilder>,
-    missing: &MissingPages,
-) -> Result<&'a mut PieceBuilder, StoreError> {
-    if builder.is_none() {
-        *builder = Some(PieceBuilder::new(missing.can_move())?);
-    }
-    Ok(builder.as_mut().expect("it was just made"))
 }
 
 /// Waits until `fill` is complete or has failed, for tests and tools; returns how long it took.

@@ -1,5 +1,6 @@
 //! Putting pieces together from checked chunks.
 
+use std::array;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -123,6 +124,9 @@ impl Kept {
 /// One filling thread's memory.
 pub(super) struct PieceBuilder {
     target: Target,
+    /// A chunk each, so that what is read is kept only when the piece is in the guest.
+    scratches: [ReadScratch; 2],
+    /// For what more chunks a piece has.
     scratch: ReadScratch,
 }
 
@@ -143,6 +147,7 @@ impl PieceBuilder {
         };
         Ok(Self {
             target: target.map_err(failed("map memory for"))?,
+            scratches: array::from_fn(|_| ReadScratch::default()),
             scratch: ReadScratch::default(),
         })
     }
@@ -158,6 +163,7 @@ impl PieceBuilder {
     ) -> Result<(), StoreError> {
         self.clear(place.len).map_err(failed("make memory for"))?;
         let mut done = HashSet::new();
+        let mut to_keep = Vec::new();
         let sources: Vec<_> = reader.sources_in(place.run).collect();
         for (chunk, _) in &sources {
             if !done.insert(*chunk) {
@@ -177,20 +183,30 @@ impl PieceBuilder {
                 chunks.give_back(checked);
                 continue;
             }
-            let raw = reader.read_chunk(*chunk, &mut self.scratch)?;
-            put(raw);
-            chunks.keep(*chunk, raw, pieces_of(reader, *chunk) - 1);
+            if let Some(scratch) = self.scratches.get_mut(to_keep.len()) {
+                put(reader.read_chunk(*chunk, scratch)?);
+                to_keep.push(*chunk);
+            } else {
+                let raw = reader.read_chunk(*chunk, &mut self.scratch)?;
+                put(raw);
+                chunks.keep(*chunk, raw, pieces_of(reader, *chunk) - 1);
+            }
         }
         let (mapping, offset) = (&region.mapping, place.offset);
         let filled = match &self.target {
             Target::Moved(source) => missing.move_in(mapping, offset, source, place.len),
             Target::Copied(bytes) => missing.copy_in(mapping, offset, &bytes[..place.len]),
         };
-        filled.map_err(failed("put memory into the guest of"))
+        filled.map_err(failed("put memory into the guest of"))?;
+        for (chunk, scratch) in to_keep.into_iter().zip(&self.scratches) {
+            chunks.keep(chunk, scratch.chunk(), pieces_of(reader, chunk) - 1);
+        }
+        Ok(())
     }
 
     /// Makes memory for the next piece now, while nobody waits for it.
     pub(super) fn prepare(&mut self) {
+        self.scratches.iter_mut().for_each(ReadScratch::prepare);
         if let Target::Moved(source) = &self.target {
             // Where this fails, filling the piece fails, and says so.
             populate(source, 0, PIECE_BYTES).ok();
