@@ -30,6 +30,10 @@ const L1_SECONDS: u32 = 3600;
 /// The same in the long form.
 const LONG_L1_SECONDS: u32 = 4 * 3600;
 
+/// What L1's KVM has traced where the emulator broke: it was about to deliver a page fault with an
+/// error code, exception 14, when the guest ended by a triple fault.
+const EMULATOR_BROKE: &str = "intr_info 0x80000b0e";
+
 /// How often a job is tried at most that the emulator breaks.
 const TRIES: u32 = 4;
 
@@ -199,7 +203,7 @@ impl Lab {
                     return Ok(());
                 }
                 let log = log();
-                let blame = if log.contains("triple fault") {
+                let blame = if log.contains(EMULATOR_BROKE) {
                     JobError::Emulator
                 } else {
                     JobError::Job
