@@ -77,6 +77,7 @@ impl ReadScratch {
 
     /// Returns memory for bytes as they are stored.
     pub(crate) fn stored(&mut self) -> &mut Vec<u8> {
+        self.holds = Holds::Nothing;
         &mut self.stored
     }
 }

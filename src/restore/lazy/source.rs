@@ -81,6 +81,13 @@ impl SharedChunks {
         }
     }
 
+    /// Keeps chunks that were just read, each in its scratch, for the other pieces that need them.
+    fn keep_all(&self, reader: &ImageReader, read: &mut Vec<usize>, scratches: &[ReadScratch]) {
+        for (chunk, scratch) in read.drain(..).zip(scratches) {
+            self.keep(chunk, scratch.chunk(), pieces_of(reader, chunk) - 1);
+        }
+    }
+
     /// Keeps a chunk for `pieces` more pieces, in the place of the oldest where there are many. It is
     /// read again where there is no memory for it.
     fn keep(&self, chunk: usize, raw: &[u8], pieces: usize) {
@@ -124,10 +131,8 @@ impl Kept {
 /// One filling thread's memory.
 pub(super) struct PieceBuilder {
     target: Target,
-    /// A chunk each, so that what is read is kept only when the piece is in the guest.
+    /// A chunk each: of a piece that has no more, what is read is kept when it is in the guest already.
     scratches: [ReadScratch; 2],
-    /// For what more chunks a piece has.
-    scratch: ReadScratch,
 }
 
 /// Where a piece is put together.
@@ -148,7 +153,6 @@ impl PieceBuilder {
         Ok(Self {
             target: target.map_err(failed("map memory for"))?,
             scratches: array::from_fn(|_| ReadScratch::default()),
-            scratch: ReadScratch::default(),
         })
     }
 
@@ -163,7 +167,7 @@ impl PieceBuilder {
     ) -> Result<(), StoreError> {
         self.clear(place.len).map_err(failed("make memory for"))?;
         let mut done = HashSet::new();
-        let mut to_keep = Vec::new();
+        let mut read = Vec::new();
         let sources: Vec<_> = reader.sources_in(place.run).collect();
         for (chunk, _) in &sources {
             if !done.insert(*chunk) {
@@ -183,14 +187,11 @@ impl PieceBuilder {
                 chunks.give_back(checked);
                 continue;
             }
-            if let Some(scratch) = self.scratches.get_mut(to_keep.len()) {
-                put(reader.read_chunk(*chunk, scratch)?);
-                to_keep.push(*chunk);
-            } else {
-                let raw = reader.read_chunk(*chunk, &mut self.scratch)?;
-                put(raw);
-                chunks.keep(*chunk, raw, pieces_of(reader, *chunk) - 1);
+            if read.len() == self.scratches.len() {
+                chunks.keep_all(reader, &mut read, &self.scratches);
             }
+            put(reader.read_chunk(*chunk, &mut self.scratches[read.len()])?);
+            read.push(*chunk);
         }
         let (mapping, offset) = (&region.mapping, place.offset);
         let filled = match &self.target {
@@ -198,9 +199,7 @@ impl PieceBuilder {
             Target::Copied(bytes) => missing.copy_in(mapping, offset, &bytes[..place.len]),
         };
         filled.map_err(failed("put memory into the guest of"))?;
-        for (chunk, scratch) in to_keep.into_iter().zip(&self.scratches) {
-            chunks.keep(chunk, scratch.chunk(), pieces_of(reader, chunk) - 1);
-        }
+        chunks.keep_all(reader, &mut read, &self.scratches);
         Ok(())
     }
 

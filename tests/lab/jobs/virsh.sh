@@ -52,9 +52,9 @@ wake() {
     fail "no shell at the console"
 }
 
-# answer PROMPT TEXT: a prompt throws away what was typed before it listens, which is a little after it
+# answer_prompt PROMPT TEXT: a prompt throws away what was typed before it listens, which is a little after it
 # is there to be seen. The next prompt to answer must be a new one.
-answer() {
+answer_prompt() {
     wait_for 60 "$1"
     nap 1
     mark
@@ -100,11 +100,11 @@ v define debian.xml || fail define
 v start debian || fail start
 attach
 wait_for 400 'lab login:'
-answer 'lab login:' root
-answer 'Password:' wrong
+answer_prompt 'lab login:' root
+answer_prompt 'Password:' wrong
 wait_for 60 'Login incorrect'
-answer 'lab login:' root
-answer 'Password:' lab
+answer_prompt 'lab login:' root
+answer_prompt 'Password:' lab
 wait_for 60 'lab# '
 mark
 say 'mount -t ext4 /dev/vda /mnt; echo logged in as $(id -un) on $(tty)'
