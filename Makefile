@@ -36,33 +36,19 @@ PACKAGES_TEST  := $(PACKAGES_BUILD) g++ valgrind abigail-tools libvirt-clients p
 
 PACKAGES_DEB   := $(PACKAGES_BUILD) dpkg-dev debhelper lintian libzstd-dev pkg-config python3
 
-# Installs the Debian packages in $(1) that are missing, and says so. Does nothing elsewhere.
-define need
-@command -v apt-get >/dev/null || exit 0; \
-missing=; for package in $(1); do \
-	dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
-		|| missing="$$missing $$package"; \
-done; \
-if [ -n "$$missing" ]; then \
-	echo "Installing Debian packages:$$missing"; \
-	$(SUDO) apt-get update -qq && \
-	DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-fi
-endef
-
 .PHONY: help build demo test test-long test-packages lab fuzz lint bench header abi coverage install install-built uninstall vendor dist deb setup setup-test setup-deb clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup:
-	$(call need,$(PACKAGES_BUILD))
+	@tests/need $(PACKAGES_BUILD)
 
 setup-deb:
-	$(call need,$(PACKAGES_DEB))
+	@tests/need $(PACKAGES_DEB)
 
 setup-test:
-	$(call need,$(PACKAGES_TEST))
+	@tests/need $(PACKAGES_TEST)
 
 build: setup ## the library and the command, optimised
 	$(CARGO) build --release
@@ -74,12 +60,12 @@ test: setup-test ## every test, in its short form
 	CARGO="$(CARGO)" tests/run
 
 test-long: setup-test ## the long forms: soaks, thousands of cases; and the packages
-	$(call need,mmdebstrap debian-archive-keyring)
+	@tests/need mmdebstrap debian-archive-keyring
 	CARGO="$(CARGO)" LIVEPOINT_LONG=1 tests/run
 	$(MAKE) --no-print-directory test-packages
 
 test-packages: deb ## Debian packages: lintian, installation in a fresh system, programs built there
-	$(call need,mmdebstrap debian-archive-keyring)
+	@tests/need mmdebstrap debian-archive-keyring
 	$(SUDO) env SUITE=$(SUITE) tests/packages/run $(TARGET)/deb
 
 lab: setup-test ## stock Linux guests in an emulated machine (JOB=script: one job; see tests/lab)
@@ -114,7 +100,7 @@ sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@LIBDIR@|$(LIBDIR)|g' -e 's|@INCLUDEDIR@|$
 endef
 
 coverage: setup-test ## how much of the C ABI's code the C tests reach, by line
-	$(call need,llvm-$(shell rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p'))
+	@tests/need llvm-$(shell rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
 	CARGO="$(CARGO)" ffi-tests/coverage
 
 abi: setup-test ## writes the committed description of the C ABI anew: at a release, never to hide a break
