@@ -9,7 +9,6 @@ mod common;
 
 use std::env;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,13 +28,6 @@ const L1_SECONDS: u32 = 3600;
 
 /// The same in the long form.
 const LONG_L1_SECONDS: u32 = 4 * 3600;
-
-/// What L1's KVM has traced where the emulator broke: it was about to deliver a page fault with an
-/// error code, exception 14, when the guest ended by a triple fault.
-const EMULATOR_BROKE: &str = "intr_info 0x80000b0e";
-
-/// How often a job is tried at most that the emulator breaks.
-const TRIES: u32 = 4;
 
 /// A line of jobs whose guest has a root file system of its own.
 const NEEDS_ROOT: &str = "# needs: prepare-root";
@@ -91,25 +83,6 @@ const JOBS: &[(&str, &str)] = &[
         "linux-balloon",
     ),
 ];
-
-/// Why a job has failed.
-enum JobError {
-    /// The emulator may be to blame, as the README beside the jobs says: another try may tell.
-    Emulator(Failed),
-    Job(Failed),
-}
-
-impl From<Failed> for JobError {
-    fn from(failed: Failed) -> Self {
-        Self::Job(failed)
-    }
-}
-
-impl From<io::Error> for JobError {
-    fn from(error: io::Error) -> Self {
-        Self::Job(error.into())
-    }
-}
 
 /// The L1 machine, while it runs.
 struct Lab {
@@ -179,7 +152,7 @@ impl Lab {
     }
 
     /// Runs a job script; its output is the error where it fails.
-    fn run(&mut self, job: &str) -> Result<(), JobError> {
+    fn run(&mut self, job: &str) -> Result<(), Failed> {
         self.jobs += 1;
         let file = |ending: &str| self.share.path().join(format!("{}.{ending}", self.jobs));
         let script = fs::read_to_string(scripts().join("jobs").join(format!("{job}.sh")))?;
@@ -196,33 +169,28 @@ impl Lab {
         fs::rename(&unfinished, file("sh"))?;
         let start = Instant::now();
         let log = || fs::read_to_string(file("log")).unwrap_or_default();
+        // Where L1's own kernel is in trouble, its console tells.
+        let failed = |what: String| {
+            let console = fs::read_to_string(self.share.path().join("console")).unwrap_or_default();
+            let lines = console.lines().collect::<Vec<_>>();
+            let end = lines[lines.len().saturating_sub(20)..].join("\n");
+            format!("{job} {what}:\n{}\nthe end of L1's console:\n{end}", log())
+        };
         loop {
             if let Ok(status) = fs::read_to_string(file("status")) {
                 if status.trim() == "0" {
                     println!("{job}: {:.0} s\n{}", start.elapsed().as_secs_f64(), log());
                     return Ok(());
                 }
-                let log = log();
-                let blame = if log.contains(EMULATOR_BROKE) {
-                    JobError::Emulator
-                } else {
-                    JobError::Job
-                };
-                return Err(blame(
-                    format!("{job} ended with {}:\n{log}", status.trim()).into(),
-                ));
+                return Err(failed(format!("ended with {}", status.trim())).into());
             }
             if let Some(status) = self.boot.try_wait()? {
-                let console = fs::read_to_string(self.share.path().join("console"));
-                let console = console.unwrap_or_default();
-                let what = format!("L1 ended with {status}; its console:\n{console}");
-                return Err(JobError::Emulator(what.into()));
+                return Err(failed(format!("was under way when L1 ended with {status}")).into());
             }
             if start.elapsed() > timeout {
                 // Nothing else can run in this L1: the job still does.
                 drop(self.boot.stdin.take());
-                let what = format!("{job} did not end:\n{}", log());
-                return Err(JobError::Job(what.into()));
+                return Err(failed(format!("did not end in {} s", timeout.as_secs())).into());
             }
             thread::sleep(Duration::from_millis(50));
         }
@@ -251,21 +219,10 @@ fn check(lab: &Mutex<Option<Lab>>, name: &str, job: &str) -> Result<(), Failed> 
         return Ok(());
     }
     let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);
-    for attempt in 1.. {
-        if lab.is_none() {
-            *lab = Some(Lab::start()?);
-        }
-        match lab.as_mut().expect("started above").run(job) {
-            Err(JobError::Emulator(failed)) if attempt < TRIES => {
-                println!("{job}: try {attempt} of {TRIES} failed, perhaps by the emulator:");
-                println!("{}", failed.message().unwrap_or_default());
-                *lab = None;
-            }
-            Err(JobError::Emulator(failed) | JobError::Job(failed)) => return Err(failed),
-            Ok(()) => break,
-        }
+    if lab.is_none() {
+        *lab = Some(Lab::start()?);
     }
-    Ok(())
+    lab.as_mut().expect("started above").run(job)
 }
 
 fn main() {
