@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::disk_bench::{self, DiskBench, MIB, PATIENCE};
 use common::records::newest;
 use common::victim::livepoint;
-use common::{Random, have_kvm};
+use common::{Random, have_kvm, whole_lines};
 use livepoint::checkpoint::Protocol;
 use livepoint::guest::{Guest, GuestDisk, ImageFormat as _};
 use livepoint::machine::spec::{DiskFormat, DiskSpec};
@@ -99,7 +99,7 @@ fn what_the_guest_flushed_is_in_the_image_of_a_process_that_was_killed() {
     // What it says is flushed.
     bench.wait_line("console", "virtio: blk record=512 ");
     guest.kill();
-    let text = fs::read_to_string(bench.path("console")).unwrap();
+    let text = whole_lines(&bench.path("console"));
     let mut said = text
         .lines()
         .filter_map(|line| line.strip_prefix("virtio: blk record="));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::memory::read_page;
 use common::pagewriter::assert_single_moment;
-use common::{have_kvm, long, machine_memory, wait_line};
+use common::{have_kvm, long, machine_memory, wait_line, whole_lines};
 use livepoint::restore::eager;
 use livepoint::store::{FileStorage, ImageReader};
 use serde_json::Value;
@@ -69,7 +69,7 @@ fn disk_mib(dir: &Path) -> u64 {
 
 /// Pages that the guest has written, by its own count, and when, by its own clock, in its ticks.
 fn ticks(console: &Path) -> Vec<(u64, u64)> {
-    let text = fs::read_to_string(console).unwrap_or_default();
+    let text = whole_lines(console);
     let field = |line: &str, key: &str| {
         line.split_whitespace()
             .find_map(|word| word.strip_prefix(key)?.parse::<u64>().ok())

@@ -84,20 +84,27 @@ impl Random {
     }
 }
 
+/// Returns a file's lines, but for one that has not ended: it may lack digits.
+pub fn whole_lines(path: &Path) -> String {
+    let mut text = std::fs::read_to_string(path)
+        .unwrap_or_default()
+        .replace('\r', "");
+    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+    text
+}
+
 /// Waits until a file holds a line that fits, and returns the line.
 pub fn wait_line(path: &Path, timeout: Duration, fits: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();
     loop {
-        let text = std::fs::read_to_string(path)
-            .unwrap_or_default()
-            .replace('\r', "");
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let whole = whole_lines(path);
         if let Some(line) = whole.lines().find(|line| fits(line)) {
             return line.to_owned();
         }
         assert!(
             start.elapsed() < timeout,
-            "the line did not come; there is:\n{text}"
+            "the line did not come; there is:\n{}",
+            std::fs::read_to_string(path).unwrap_or_default()
         );
         std::thread::sleep(Duration::from_millis(5));
     }
