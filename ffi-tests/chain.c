@@ -87,7 +87,7 @@ int main(int argc, char **argv)
     snprintf(xml, sizeof xml,
              "<domain type='kvm'><name>chain</name><memory unit='MiB'>96</memory>"
              "<os><type arch='x86_64'>hvm</type><kernel>%s</kernel>"
-             "<cmdline>kernel=mg class=W repeat=16</cmdline></os>"
+             "<cmdline>kernel=mg class=W repeat=48</cmdline></os>"
              "<devices><serial type='file'><source path='%s/console' append='on'/>"
              "<target port='0'/></serial><memballoon model='none'/></devices></domain>",
              argv[1], dir);

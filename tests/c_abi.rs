@@ -112,7 +112,7 @@ fn a_chain_is_grown_gone_back_on_and_shared_from_c() {
     assert!(String::from_utf8_lossy(&output.stdout).ends_with("chain: done\n"));
     let console = std::fs::read_to_string(dir.path().join("console")).unwrap();
     // The original, the one restored lazily, and two that share memory.
-    let done = console.matches("npb: done runs=16 failed=0").count();
+    let done = console.matches("npb: done runs=48 failed=0").count();
     assert_eq!(done, 4, "{console}");
 }
 

@@ -86,7 +86,7 @@ fn clones_share_memory_until_they_write_it_and_all_compute_on() {
     let (count, mib, class, repeat) = if long() {
         (16, 512, "A", 4)
     } else {
-        (4, 128, "W", 12)
+        (4, 128, "W", 36)
     };
     let bench = Bench {
         dir: tempfile::tempdir().unwrap(),

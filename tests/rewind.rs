@@ -254,7 +254,7 @@ fn a_computation_that_is_put_back_at_random_moments_finishes_and_verifies() {
     }
     let rewinds = if long() { 20 } else { 3 };
     let bench = Bench::new();
-    let domain = bench.define("npb", "npb", 128, 1, "kernel=mg class=W repeat=12");
+    let domain = bench.define("npb", "npb", 128, 1, "kernel=mg class=W repeat=48");
     domain.start(false).unwrap();
     wait_line(&bench.console, PATIENCE, |line| line.contains(" ready "));
     let mut random = Random::new(7);
@@ -278,7 +278,7 @@ fn a_computation_that_is_put_back_at_random_moments_finishes_and_verifies() {
     }
     assert!(domain.wait_timeout(Some(PATIENCE)).unwrap().is_some());
     let said = fs::read_to_string(&bench.console).unwrap();
-    assert!(said.contains("npb: done runs=12 failed=0"), "{said}");
+    assert!(said.contains("npb: done runs=48 failed=0"), "{said}");
     assert!(!said.contains("UNSUCCESSFUL"), "{said}");
 }
 
