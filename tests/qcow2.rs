@@ -99,8 +99,8 @@ fn what_the_guest_flushed_is_in_the_image_of_a_process_that_was_killed() {
     // What it says is flushed.
     bench.wait_line("console", "virtio: blk record=512 ");
     guest.kill();
-    let text = whole_lines(&bench.path("console"));
-    let mut said = text
+    let text = fs::read_to_string(bench.path("console")).unwrap();
+    let mut said = whole_lines(&text)
         .lines()
         .filter_map(|line| line.strip_prefix("virtio: blk record="));
     let last: u64 = said

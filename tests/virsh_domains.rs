@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::have_kvm;
 use common::livepointd::Daemon;
+use common::{have_kvm, whole_lines};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -73,7 +73,7 @@ impl Writer {
                 let (_, rest) = line.split_once("acknowledged=")?;
                 rest.split_whitespace().next()?.parse().ok()
             };
-            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+            let whole = whole_lines(&text);
             // What was printed half at the mark is left out.
             let seen: Vec<u64> = whole
                 .get(mark..)

@@ -84,27 +84,24 @@ impl Random {
     }
 }
 
-/// Returns a file's lines, but for one that has not ended: it may lack digits.
-pub fn whole_lines(path: &Path) -> String {
-    let mut text = std::fs::read_to_string(path)
-        .unwrap_or_default()
-        .replace('\r', "");
-    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
-    text
+/// Leaves out the last line where it has not ended: it may lack digits.
+pub fn whole_lines(text: &str) -> &str {
+    text.rfind('\n').map_or("", |end| &text[..=end])
 }
 
 /// Waits until a file holds a line that fits, and returns the line.
 pub fn wait_line(path: &Path, timeout: Duration, fits: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();
     loop {
-        let whole = whole_lines(path);
-        if let Some(line) = whole.lines().find(|line| fits(line)) {
+        let text = std::fs::read_to_string(path)
+            .unwrap_or_default()
+            .replace('\r', "");
+        if let Some(line) = whole_lines(&text).lines().find(|line| fits(line)) {
             return line.to_owned();
         }
         assert!(
             start.elapsed() < timeout,
-            "the line did not come; there is:\n{}",
-            std::fs::read_to_string(path).unwrap_or_default()
+            "the line did not come; there is:\n{text}"
         );
         std::thread::sleep(Duration::from_millis(5));
     }
